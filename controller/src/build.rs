@@ -72,7 +72,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     }
     tracing::info!(%address, controller = config.controller_id, ?store, "listening");
     let router = http::router(process.metrics.clone(), process.health.clone());
-    process.spawn_essential(
+    process.essential.serve(
         "http",
         http::serve(
             http_listener,

@@ -9,7 +9,7 @@ use std::{
 
 use axum::Router;
 use baton_process::{
-    Closed, Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
+    Closed, Essential, Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
     access::Access,
     grpc,
     http::{Port, Settles, probes, serve},
@@ -62,6 +62,7 @@ pub struct Parts {
     pub metrics: baton_process::Metrics,
     pub health: HealthHandle,
     pub tasks: TaskTracker,
+    pub essential: Essential,
     /// Cancelled when the process is asked to stop: no more requests are wanted.
     pub shutdown: CancellationToken,
     /// Cancelled when the requests have ended. Until then they need all that they needed before: whoever is told of
@@ -92,11 +93,11 @@ pub fn assemble(
         drained: parts.drained.clone(),
         told: None,
     };
-    parts.tasks.spawn(keeper.run());
+    parts.essential.keep("instances", keeper.run());
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
     let drained = parts.drained.clone();
-    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), drained, &parts.tasks);
+    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), drained, &parts.essential);
     let service = Arc::new(Service {
         keys,
         placer: Arc::new(Placer { board, attachments, handoffs: Arc::default(), breakers }),
@@ -110,10 +111,10 @@ pub fn assemble(
         metrics,
     });
     let (overdue, drained) = (service.overdue.clone(), parts.drained);
-    parts.tasks.spawn(async move { overdue.run(drained).await });
+    parts.essential.keep("deadlines", async move { overdue.run(drained).await });
     let readiness =
         watch_readiness(service.clone(), parts.health.clone(), config.fleet.sweep, parts.shutdown);
-    parts.tasks.spawn(readiness);
+    parts.essential.keep("readiness", readiness);
     let router = http::router(service.clone(), observed(config, parts.metrics, parts.health));
     Ok((service, router))
 }
@@ -239,12 +240,13 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         metrics: process.metrics.clone(),
         health: process.health.clone(),
         tasks: process.tasks.clone(),
+        essential: process.essential.clone(),
         shutdown: process.shutdown.clone(),
         drained: drained.clone(),
     };
     let (service, router) = assemble(&config, parts)?;
     let registration = registration(&process, &service, &ports, controllers, &tls, &drained)?;
-    process.tasks.spawn(registration.run());
+    process.essential.keep("registration", registration.run());
 
     let drain = last_requests(&config);
     let last_calls = LAST_CALLS_MOST.min((config.drain() - drain) / 2);
@@ -252,11 +254,11 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let counted = Closed::of_grpc(&process.metrics);
     let (routes, options) = admin.port(process.health.clone(), tls, counted, drained.clone(), last_calls);
     tracing::info!(http = %ports.http, grpc = %ports.grpc, "serving");
-    process.spawn_essential("admin", grpc::serve(ports.admin, routes, options));
+    process.essential.serve("admin", grpc::serve(ports.admin, routes, options));
     if let Some(listener) = ports.metrics {
         let port =
             Port::of_observers(baton_process::http::router(process.metrics.clone(), process.health.clone()));
-        process.spawn_essential("metrics", serve(listener, port, drained.clone(), last_calls));
+        process.essential.serve("metrics", serve(listener, port, drained.clone(), last_calls));
     }
     let linger = config.limits.linger.min(drain);
     let closing = later(&process.shutdown, linger, &drained, &process.tasks);

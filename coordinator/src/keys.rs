@@ -31,11 +31,12 @@ use std::{
 };
 
 use axum::http::{HeaderMap, header};
+use baton_process::Essential;
 use baton_proto::{API_KEYS_MOST, ApiError, ApiKey, ApiKeyName, ErrorCode, KeyHash};
 use baton_registry::Store;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::ApiKeysConfig,
@@ -177,13 +178,13 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Lets in whom the source says, and follows it on `tasks` until requests have drained.
+    /// Lets in whom the source says, and follows it until requests have drained.
     pub fn start(
         source: Source,
         config: &ApiKeysConfig,
         metrics: Arc<Metrics>,
         drained: CancellationToken,
-        tasks: &TaskTracker,
+        essential: &Essential,
     ) -> Arc<Self> {
         metrics.keys.sharers.set(config.coordinators.get().into());
         let keys = Arc::new(Self {
@@ -198,11 +199,12 @@ impl Keys {
             Source::Open => {}
             Source::File(mut file) => {
                 keys.replace(std::mem::take(&mut file.keys));
-                tasks.spawn(async move { drained.run_until_cancelled(file.follow(follower)).await });
+                let following = async move { file.follow(follower).await };
+                essential.keep("keys", async move { _ = drained.run_until_cancelled(following).await });
             }
             Source::Store(store) => {
                 let following = store::follow(store, follower);
-                tasks.spawn(async move { drained.run_until_cancelled(following).await });
+                essential.keep("keys", async move { _ = drained.run_until_cancelled(following).await });
             }
         }
         keys

@@ -88,7 +88,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let (id, group) = (process.config.instance_id.clone(), process.config.group.to_string());
     process.metrics.register(|registry| RoleMetrics::register(registry, id, group, role.clone()));
     let router = http::router(process.metrics.clone(), process.health.clone());
-    process.spawn_essential(
+    process.essential.serve(
         "http",
         http::serve(listeners.metrics, http::Port::of_observers(router), stop.clone(), LINGER),
     );
@@ -155,9 +155,9 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
             metrics: process.metrics.clone(),
             shared,
         })?;
-        process.spawn_essential("engine", serving.engine_ended());
+        process.essential.serve("engine", serving.engine_ended());
         let options = grpc_options(&process, &tls, &closed, stop.clone(), LINGER);
-        process.spawn_essential("grpc", grpc::serve(listeners.grpc, serving.routes(), options));
+        process.essential.serve("grpc", grpc::serve(listeners.grpc, serving.routes(), options));
         let _ = events.send(Event::Loaded).await;
         tracing::info!(
             instance = %process.config.instance_id,

@@ -11,7 +11,7 @@ use axum::{
     body::Body,
     http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header},
 };
-use baton_process::{HealthHandle, Tls, telemetry::TraceContext};
+use baton_process::{Essential, HealthHandle, Tls, telemetry::TraceContext};
 use baton_proto::{ApiError, KeyHash};
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::Value;
@@ -80,6 +80,7 @@ fn coordinator(keys: Source) -> (Arc<Service>, Router) {
         tls: Tls::plaintext(),
         metrics: baton_process::Metrics::new("coordinator"),
         health: HealthHandle::default(),
+        essential: Essential::new(tasks.clone(), stop.clone()),
         tasks,
         shutdown: stop.clone(),
         drained: stop,

@@ -1,6 +1,6 @@
 //! Scripted controllers take the registration.
 
-use baton_process::{Tls, tls::Role};
+use baton_process::{Essential, Tls, tls::Role};
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, InstanceId, LinkUse, ServedModel};
 use baton_registry::Leader;
 use prometheus_client::registry::Registry;
@@ -126,7 +126,8 @@ fn rig(controllers: Controllers) -> Rig {
         (Arc::<Handoffs>::default(), CancellationToken::new(), CancellationToken::new());
     let keys = Source::default();
     let (config, drained) = (ApiKeysConfig::default(), CancellationToken::new());
-    let keys = Keys::start(keys, &config, metrics.clone(), drained, &TaskTracker::new());
+    let essential = Essential::new(TaskTracker::new(), shutdown.clone());
+    let keys = Keys::start(keys, &config, metrics.clone(), drained, &essential);
     let registration = Registration {
         dial: Tls::plaintext().dial(Role::Controller),
         spec: CoordinatorSpec {

@@ -14,6 +14,7 @@ use baton_coordinator::{
     keys::{Keys, Source},
     metrics::Metrics,
 };
+use baton_process::Essential;
 use baton_proto::{ApiKey, ApiKeyName, ErrorCode, KeyHash, KeyLimits, TenantName, v1};
 use baton_registry::{Store, Txn, keys as layout, records, testing::EtcdServer};
 use parking_lot::Mutex;
@@ -259,9 +260,10 @@ async fn losing_etcd_takes_nobodys_key_away_and_before_it_is_read_nobody_is_let_
     store.txn(stored("first", KeyLimits::default())).await.expect("is stored");
     etcd.kill();
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let shutdown = CancellationToken::new();
+    let essential = Essential::new(TaskTracker::new(), shutdown.clone());
     let source = Source::Store(store.clone());
-    let keys = Keys::start(source, &ApiKeysConfig::default(), metrics.clone(), shutdown.clone(), &tasks);
+    let keys = Keys::start(source, &ApiKeysConfig::default(), metrics.clone(), shutdown.clone(), &essential);
     let by = |name: &str| {
         let value = format!("Bearer {}", secret(name)).parse().expect("a header");
         keys.caller(&mut HeaderMap::from_iter([(header::AUTHORIZATION, value)])).map_err(|error| error.code)

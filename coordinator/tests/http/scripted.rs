@@ -5,7 +5,7 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_coordinator::{CoordinatorConfig, Parts, assemble, keys::Source, prepare::Served, serve::Service};
-use baton_process::{HealthHandle, Tls, http::Port};
+use baton_process::{Essential, HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};
 use baton_registry::{
     FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
@@ -390,6 +390,7 @@ impl Cluster {
             metrics: baton_process::Metrics::new("coordinator"),
             health: HealthHandle::default(),
             tasks: tasks.clone(),
+            essential: Essential::new(tasks.clone(), shutdown.clone()),
             shutdown: shutdown.clone(),
             drained: shutdown.clone(),
         };

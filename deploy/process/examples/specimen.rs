@@ -54,7 +54,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
     let address = |listener: &std::net::TcpListener| listener.local_addr().map_err(ProcessError::Http);
     println!("http {}\ngrpc {}", address(&http)?, address(&grpc)?);
     let router = http::router(process.metrics.clone(), process.health.clone());
-    process.spawn_essential(
+    process.essential.serve(
         "http",
         http::serve(http, http::Port::of_observers(router), process.shutdown.clone(), process.drain()),
     );
@@ -71,9 +71,9 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         frame_bytes: grpc::FRAME_BYTES,
         closed: Closed::of_grpc(&process.metrics),
     };
-    process.spawn_essential("grpc", grpc::serve(grpc, Routes::default(), options));
+    process.essential.serve("grpc", grpc::serve(grpc, Routes::default(), options));
     if process.config.mode == "panic" {
-        process.spawn_essential("doomed", async {
+        process.essential.serve("doomed", async {
             tokio::task::yield_now().await;
             if std::process::id() > 0 {
                 panic!("as the test asked");

@@ -11,6 +11,7 @@ pub mod args;
 pub mod config;
 pub mod duration;
 mod error;
+mod essential;
 pub mod follow;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
@@ -34,6 +35,7 @@ mod underway;
 
 pub use args::CommonArgs;
 pub use error::{ConfigError, ProcessError, one_line};
+pub use essential::Essential;
 pub use health::{Health, HealthHandle};
 pub use life::{PANIC_LOGGED, Process, run};
 pub use listen::{Listen, ListenError};

@@ -5,25 +5,23 @@
 
 use std::{
     any::Any,
-    fmt::Display,
     future::Future,
     io::Write,
     num::NonZero,
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, OnceLock},
+    sync::OnceLock,
     thread,
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    CommonArgs, ConfigError, HealthHandle, Https, HttpsConfig, Metrics, ProcessError, ServiceConfig, Tls,
-    TlsConfig, TlsError, config,
+    CommonArgs, ConfigError, Essential, HealthHandle, Https, HttpsConfig, Metrics, ProcessError,
+    ServiceConfig, Tls, TlsConfig, TlsError, config,
     error::one_line,
     open_files, reference,
     settings::Invalid,
@@ -42,7 +40,8 @@ pub struct Process<T> {
     pub tasks: TaskTracker,
     pub metrics: Metrics,
     pub health: HealthHandle,
-    failure: Arc<Mutex<Option<ProcessError>>>,
+    /// Spawns what it cannot do without.
+    pub essential: Essential,
     /// Of all its ports; none where all is plaintext.
     tls_counts: OnceLock<tls::Counts>,
 }
@@ -76,29 +75,6 @@ impl<T: ServiceConfig> Process<T> {
 
     fn tls_counts(&self) -> tls::Counts {
         self.tls_counts.get_or_init(|| tls::Counts::register(&self.metrics)).clone()
-    }
-
-    /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and
-    /// so does its end before a shutdown.
-    pub fn spawn_essential<F, E>(&self, name: &'static str, task: F)
-    where
-        F: Future<Output = Result<(), E>> + Send + 'static,
-        E: Display + Send + 'static,
-    {
-        let (shutdown, failure) = (self.shutdown.clone(), self.failure.clone());
-        let inner = self.tasks.spawn(task);
-        self.tasks.spawn(async move {
-            let reason = match inner.await {
-                Ok(Ok(())) if shutdown.is_cancelled() => return,
-                Ok(Ok(())) => "it ended by itself".to_owned(),
-                Ok(Err(error)) => error.to_string(),
-                Err(error) if error.is_panic() => "it panicked; the log says where".to_owned(),
-                Err(_) => return,
-            };
-            tracing::error!(task = name, %reason, "essential task failed: stopping");
-            failure.lock().get_or_insert(ProcessError::Essential { task: name, reason });
-            shutdown.cancel();
-        });
     }
 }
 
@@ -218,7 +194,8 @@ where
     E: std::error::Error + 'static,
 {
     let drain = config.drain();
-    let (tasks, failure) = (TaskTracker::new(), Arc::new(Mutex::new(None)));
+    let tasks = TaskTracker::new();
+    let essential = Essential::new(tasks.clone(), shutdown.clone());
     let (metrics, health) = (Metrics::new(service), HealthHandle::default());
     metrics.register(|registry| registry.register_collector(Box::new(health.clone())));
     let process = Process {
@@ -227,7 +204,7 @@ where
         tasks: tasks.clone(),
         metrics,
         health,
-        failure: failure.clone(),
+        essential: essential.clone(),
         tls_counts: OnceLock::new(),
     };
     let whole = async {
@@ -245,7 +222,7 @@ where
     let whole = caught(whole);
     tokio::select! {
         ended = whole => match ended {
-            Some(Ok(())) => match failure.lock().take() {
+            Some(Ok(())) => match essential.take_failure() {
                 Some(error) => fail(&error),
                 None => ExitCode::SUCCESS,
             },
