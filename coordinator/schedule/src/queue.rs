@@ -33,7 +33,7 @@ use tenant::{Entry, Key, Tenant};
 const TURNS: u32 = 20;
 /// Requests that are asked in one go whether they fit. Where so many do not, nobody is asked any more: room is the fleet's,
 /// and to look for it takes time in a large one.
-const ASKED_MOST: usize = 2;
+const ASKED_MOST: usize = 4;
 /// So often others may go before one that did not fit; when it is asked next, it is to be taken if anything is.
 const PASSED_OVER_MOST: u32 = 8;
 

@@ -7,7 +7,7 @@ use axum::{
     body::{Body as Incoming, BodyDataStream},
     http::{
         HeaderMap, Version,
-        header::{CONTENT_LENGTH, EXPECT},
+        header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT},
         request::Parts,
     },
 };
@@ -50,8 +50,11 @@ pub(super) async fn read(
     let (limits, gate) = (&service.limits, &service.gate);
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = body.into_data_stream();
-    let reading = timeout(limits.body_timeout, taken(service, tenant, ticket, announced, &mut chunks));
-    let error = match reading.await {
+    let reading = async {
+        plain(headers).map_err(Unread::Unasked)?;
+        taken(service, tenant, ticket, announced, &mut chunks).await
+    };
+    let error = match timeout(limits.body_timeout, reading).await {
         Ok(Ok(whole)) => return Ok(whole),
         // The client asks before it sends.
         Ok(Err(Unread::Unasked(error))) if headers.contains_key(EXPECT) => return Err(error),
@@ -127,6 +130,19 @@ async fn discard(chunks: &mut BodyDataStream, most: usize) {
         }
     };
     let _ = timeout(DISCARD_TIME, discard).await;
+}
+
+/// Bodies are taken as they are: what a compressed one becomes is not within its limit.
+fn plain(headers: &HeaderMap) -> Result<(), ApiError> {
+    match headers.get(CONTENT_ENCODING).filter(|value| *value != "identity") {
+        None => Ok(()),
+        Some(value) => {
+            let message = format!(
+                "the request body comes in the encoding {value:?}, which is not taken: send it as it is"
+            );
+            Err(ApiError::new(ErrorCode::Unsupported, message))
+        }
+    }
 }
 
 fn over(most: usize) -> ApiError {

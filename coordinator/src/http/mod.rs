@@ -215,18 +215,21 @@ pub(crate) fn request_id(headers: &HeaderMap) -> RequestId {
     theirs.filter(|id| !id.as_str().is_empty()).unwrap_or_else(RequestId::generate)
 }
 
-async fn models(State(service): State<Arc<Service>>) -> Response {
-    reply::models(&service.models)
+async fn models(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response {
+    with_id(reply::models(&service.models), &request_id(&headers))
 }
 
-async fn model(State(service): State<Arc<Service>>, id: Result<Path<String>, PathRejection>) -> Response {
-    let Ok(Path(id)) = id else {
-        return error_response(&ApiError::new(ErrorCode::ModelNotFound, "the model's name is not UTF-8"));
-    };
-    match service.models.asked(Some(&id)) {
-        Ok(model) => reply::model(&model.served, &id),
-        Err(error) => error_response(&error),
-    }
+async fn model(
+    State(service): State<Arc<Service>>,
+    headers: HeaderMap,
+    id: Result<Path<String>, PathRejection>,
+) -> Response {
+    let not_text = |_| ApiError::new(ErrorCode::ModelNotFound, "the model's name is not UTF-8");
+    let found = id.map_err(not_text).and_then(|Path(id)| {
+        let model = service.models.asked(Some(&id))?;
+        Ok(reply::model(&model.served, &id))
+    });
+    with_id(found.unwrap_or_else(|error| error_response(&error)), &request_id(&headers))
 }
 
 async fn wrong_path(request: Request) -> Response {
@@ -235,14 +238,14 @@ async fn wrong_path(request: Request) -> Response {
     let path = head.uri.path();
     let message =
         format!("there is nothing at {path}; see /v1/chat/completions, /v1/completions, /v1/models");
-    error_response(&ApiError::new(ErrorCode::NotFound, message))
+    with_id(error_response(&ApiError::new(ErrorCode::NotFound, message)), &request_id(&head.headers))
 }
 
 async fn wrong_method(request: Request) -> Response {
     let (head, body) = request.into_parts();
     body::leave_unread(&head, body).await;
     let message = format!("{} is not called with {}", head.uri.path(), head.method);
-    error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message))
+    with_id(error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message)), &request_id(&head.headers))
 }
 
 #[cfg(test)]

@@ -93,7 +93,8 @@ impl Prepared {
         let of = |prompt: &PreparedPrompt| {
             let own = size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len();
             // Each choice begins with the echo, and is written from that.
-            let echoed = prompt.echo.len().saturating_mul(2 * prompt.sampling.choices as usize);
+            let echoed = prompt.echo.len().saturating_add(written_bytes(&prompt.echo));
+            let echoed = echoed.saturating_mul(prompt.sampling.choices as usize);
             own.saturating_add(prompt.sampling.scored_bytes()).saturating_add(echoed)
         };
         self.prompts.iter().map(of).fold(0, usize::saturating_add)
@@ -103,6 +104,16 @@ impl Prepared {
     pub fn prompt_tokens(&self) -> u32 {
         self.prompts.iter().map(PreparedPrompt::prompt_tokens).fold(0, u32::saturating_add)
     }
+}
+
+/// How long a text is as JSON has it, without the quotes.
+fn written_bytes(text: &str) -> usize {
+    let written = |byte: u8| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 8 | 12 => 2,
+        ..0x20 => "\\u0000".len(),
+        _ => 1,
+    };
+    text.bytes().map(written).sum()
 }
 
 /// What bounds a request beside the model.

@@ -50,6 +50,9 @@ impl Sampling {
     }
 }
 
+/// Of a completion that does not say how long it may be, as OpenAI's and vLLM's have it. A chat's may take the context's rest.
+const TEXT_TOKENS: u32 = 16;
+
 /// What bounds the number of tokens.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TokenLimits {
@@ -86,7 +89,7 @@ pub(super) fn sampling(
     };
     // It divides: so small a number that the quotient overflows means nothing.
     let repetition_penalty = within("repetition_penalty", request.repetition_penalty, 1.0, 0.01, 10.0)?;
-    let max_tokens = max_tokens(request, prompt_tokens, limits)?;
+    let max_tokens = max_tokens(endpoint, request, prompt_tokens, limits)?;
     Ok(Sampling {
         // An empty nucleus leaves the likeliest token only.
         temperature: if top_p == 0.0 { 0.0 } else { temperature },
@@ -106,7 +109,12 @@ pub(super) fn sampling(
     })
 }
 
-fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Result<u32, ApiError> {
+fn max_tokens(
+    endpoint: Endpoint,
+    request: &Request,
+    prompt_tokens: u32,
+    limits: TokenLimits,
+) -> Result<u32, ApiError> {
     let context = limits.context_tokens;
     let too_long =
         |message: String, field: &str| ApiError::new(ErrorCode::ContextLengthExceeded, message).param(field);
@@ -121,8 +129,9 @@ fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Res
         (Some(Integer(asked)), _) => ("max_completion_tokens", asked),
         (None, Some(Integer(asked))) => ("max_tokens", asked),
         (None, None) => {
+            let wanted = if endpoint == Endpoint::Text { TEXT_TOKENS } else { rest };
             let most = limits.max_completion_tokens;
-            return Ok(if most == 0 { rest } else { rest.min(most) });
+            return Ok(if most == 0 { wanted.min(rest) } else { wanted.min(rest).min(most) });
         }
     };
     if asked < 1 {

@@ -170,13 +170,35 @@ fn priority_is_any_whole_number_that_the_wire_holds() {
 
 #[test]
 fn an_echo_is_kept_for_each_choice_and_written_from_that() {
-    let held = |more: &str| {
-        let body = format!(r#"{{"model": "tiny", "prompt": "{}", "max_tokens": 1{more}}}"#, "x".repeat(100));
+    let held_of = |one: &str, more: &str| {
+        let body = format!(r#"{{"model": "tiny", "prompt": "{}", "max_tokens": 1{more}}}"#, one.repeat(100));
         let request = parse(body.as_bytes()).expect("is JSON");
         prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken").held_bytes()
     };
+    let held = |more: &str| held_of("x", more);
     let plain = held("");
     assert_eq!(held(r#", "n": 8"#), plain);
     assert_eq!(held(r#", "echo": true"#), plain + 3 * 100);
     assert_eq!(held(r#", "echo": true, "n": 8"#), plain + 17 * 100);
+    // What JSON has to say in more letters takes as many.
+    for (one, written) in [(r#"\""#, 2), (r"\n", 2), (r"\u0001", 6)] {
+        let echoed = serde_json::from_str::<String>(&format!("\"{one}\"")).expect("is JSON");
+        assert_eq!(serde_json::to_string(&echoed).expect("is JSON").len(), written + 2);
+        assert_eq!(held_of(one, r#", "echo": true, "n": 8"#), plain + (1 + 8 * (1 + written)) * 100, "{one}");
+    }
+}
+
+#[test]
+fn a_completion_that_names_no_length_has_16_tokens_and_a_chat_the_contexts_rest() {
+    let max_tokens = |endpoint, fields: &str, limits| {
+        let request = parse(format!(r#"{{"model": "tiny", {fields}}}"#).as_bytes()).expect("is JSON");
+        prepare(&served(), endpoint, &request, limits, 1).expect("is taken").prompts[0].sampling.max_tokens
+    };
+    let (prompt, chat) = (r#""prompt": "x""#, r#""messages": [{"role": "user", "content": "x"}]"#);
+    assert_eq!(max_tokens(Endpoint::Text, prompt, LIMITS), 16);
+    assert_eq!(max_tokens(Endpoint::Text, &format!(r#"{prompt}, "max_tokens": 90"#), LIMITS), 90);
+    assert!(max_tokens(Endpoint::Chat, chat, LIMITS) > 90);
+    let few = RequestLimits { max_completion_tokens: 5, ..LIMITS };
+    assert_eq!(max_tokens(Endpoint::Text, prompt, few), 5);
+    assert_eq!(max_tokens(Endpoint::Chat, chat, few), 5);
 }

@@ -369,3 +369,21 @@ async fn a_long_prompt_that_waits_gives_its_memory_back_as_it_leaves_the_line() 
     }
     cluster.at_rest().await;
 }
+
+#[tokio::test]
+async fn a_body_in_an_encoding_of_its_own_is_refused_by_its_name() {
+    let (cluster, [mut tiny, _other]) = cluster().await;
+    let ask = |encoding: &str| {
+        let body = request("tiny", 100);
+        let request = cluster.client.post(format!("{}/v1/completions", cluster.url)).body(body);
+        tokio::spawn(request.header("content-encoding", encoding).send())
+    };
+    let refused = ask("gzip").await.expect("ends").expect("is answered");
+    assert_eq!(refused.status(), 400);
+    let error: Value = refused.json().await.expect("is JSON");
+    assert!(error["error"]["message"].as_str().expect("text").contains("\"gzip\""), "{error}");
+    let plain = ask("identity");
+    finish(&mut tiny).await;
+    assert_eq!(plain.await.expect("ends").expect("is answered").status(), 200);
+    all_is_given_back(&cluster).await;
+}

@@ -11,7 +11,7 @@ use std::{
 use baton_coordinator::{
     CoordinatorConfig, CoordinatorError, Parts, assemble, keys::Source, prepare::Served,
 };
-use baton_process::{HealthHandle, Tls, access::Access};
+use baton_process::{Essential, HealthHandle, Tls, access::Access};
 use baton_proto::v1;
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::{Value, json};
@@ -99,6 +99,13 @@ async fn names_are_listed_and_others_are_not_found() {
     for (name, context) in [("tiny", 1000), ("other", 2000), ("alias", 2000)] {
         let entry: Value = cluster.get(&format!("/v1/models/{name}")).await.json().await.expect("is JSON");
         assert_eq!((&entry["id"], &entry["max_model_len"]), (&json!(name), &json!(context)));
+    }
+
+    // Support is asked with it, whatever was answered.
+    for path in ["/v1/models", "/v1/models/tiny", "/v1/models/third", "/v1/third", "/v1/completions"] {
+        let response =
+            cluster.client.get(format!("{}{path}", cluster.url)).header("x-request-id", "mine").send();
+        assert_eq!(response.await.expect("ends").headers()["x-request-id"], "mine", "{path}");
     }
 
     let listing = "`tiny`, `other`, `alias`";
@@ -314,6 +321,7 @@ async fn a_name_that_two_models_have_is_refused_at_start() {
         metrics: baton_process::Metrics::new("coordinator"),
         health: HealthHandle::default(),
         tasks: tasks.clone(),
+        essential: Essential::new(tasks.clone(), shutdown.clone()),
         shutdown: shutdown.clone(),
         drained: shutdown.clone(),
     };

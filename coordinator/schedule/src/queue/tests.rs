@@ -229,8 +229,8 @@ fn whoever_fits_goes_before_whoever_does_not_and_the_order_stays() {
         asked.push(*item);
         None::<()>
     });
-    // The other tenant has had something. Of more it is not expected that they fit.
-    assert_eq!((none, asked), (None, vec![0, 21]));
+    // Two of each, in turn. Of more it is not expected that they fit.
+    assert_eq!((none, asked), (None, vec![0, 21, 1, 22]));
     assert_eq!(take(&mut queue, now), Some(0));
     // Of one tenant alone the second is asked.
     let mut queue = Queue::default();
