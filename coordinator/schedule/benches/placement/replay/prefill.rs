@@ -46,8 +46,9 @@ pub(crate) struct Prefill {
     timed: Timed,
     pub(crate) cache: Cache,
     cache_blocks: usize,
-    /// Tokens of the step that runs; 0 = none does.
+    /// Tokens of the step that runs, and their pairs; 0 = none does.
     stepping: u32,
+    stepping_pairs: u64,
     tokens_per_second: f64,
     pub(crate) busy_micros: u64,
 }
@@ -64,6 +65,7 @@ impl Prefill {
             cache: Cache::new(cache_blocks),
             cache_blocks,
             stepping: 0,
+            stepping_pairs: 0,
             tokens_per_second: 0.0,
             busy_micros: 0,
         }
@@ -83,7 +85,7 @@ impl Prefill {
             return None;
         }
         let mut micros = self.machine.prefill_step_micros;
-        let mut pairs_in_step = 0;
+        self.stepping_pairs = 0;
         for job in &mut self.jobs {
             let request = &requests[job.index];
             let done = job.done.unwrap_or_else(|| {
@@ -95,7 +97,7 @@ impl Prefill {
             let tokens = (request.prompt_tokens - done).min(self.machine.chunk_tokens - self.stepping);
             micros += self.machine.prefill_micros(done, tokens);
             self.stepping += tokens;
-            pairs_in_step += attention_pairs(tokens.into(), u64::from(done + tokens));
+            self.stepping_pairs += attention_pairs(tokens.into(), u64::from(done + tokens));
             job.done = Some(done + tokens);
             if done + tokens == request.prompt_tokens {
                 self.cache.hold(&request.chain);
@@ -109,7 +111,7 @@ impl Prefill {
         self.timed.prefill_micros += micros;
         self.timed.prefill_steps += 1;
         self.timed.prefill_tokens += u64::from(self.stepping);
-        self.timed.prefill_pairs += pairs_in_step;
+        self.timed.prefill_pairs += self.stepping_pairs;
         let rate = f64::from(self.stepping) * 1e6 / micros as f64;
         self.tokens_per_second = mean(self.tokens_per_second, rate);
         Some(micros)
@@ -117,7 +119,7 @@ impl Prefill {
 
     /// The step has ended, and these prompts with it.
     pub(crate) fn stepped(&mut self, requests: &[Request]) -> Vec<Computed> {
-        self.stepping = 0;
+        (self.stepping, self.stepping_pairs) = (0, 0);
         let mut computed = Vec::new();
         while let Some(job) = self.jobs.front()
             && job.done == Some(requests[job.index].prompt_tokens)
@@ -131,8 +133,13 @@ impl Prefill {
 
     pub(crate) fn report(&self, requests: &[Request]) -> Report {
         // What the step computes is not done before it ends.
-        let mut report =
-            Report { taken: self.taken, queued_uncached_tokens: self.stepping.into(), ..Report::default() };
+        let mut report = Report {
+            taken: self.taken,
+            queued_uncached_tokens: self.stepping.into(),
+            queued_uncached_pairs: self.stepping_pairs,
+            timed: self.timed,
+            ..Report::default()
+        };
         let mut holding = 0;
         for job in &self.jobs {
             let request = &requests[job.index];
