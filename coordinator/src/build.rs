@@ -12,7 +12,7 @@ use baton_process::{
     Closed, Essential, Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
     access::Access,
     grpc,
-    http::{Port, Settles, probes, serve},
+    http::{Port, Settles, probes, serve, serve_and_cut},
     listen::reached_at,
     tls::Role,
 };
@@ -100,7 +100,13 @@ pub fn assemble(
     let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), drained, &parts.essential);
     let service = Arc::new(Service {
         keys,
-        placer: Arc::new(Placer { board, attachments, handoffs: Arc::default(), breakers }),
+        placer: Arc::new(Placer {
+            board,
+            attachments,
+            handoffs: Arc::default(),
+            breakers,
+            closed: CancellationToken::new(),
+        }),
         carry: config.carry,
         gate,
         models,
@@ -273,11 +279,26 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         settles: Settles::Known,
         closed: Closed::of_http(&process.metrics),
     };
-    let served = serve(ports.clients, port, closing, drain - linger).await;
-    // Requests have drained: the streams to instances may end.
-    service.placer.attachments.stop_all();
+    let placer = service.placer.clone();
+    let served = serve_clients(ports.clients, port, placer, closing, drain - linger, last_calls).await;
     drained.cancel();
     Ok(served?)
+}
+
+/// Serves clients until `closing`, and what is under way then for up to `drain`. What is left after that is told so, for which
+/// there is `last_words`; streams to instances end with it.
+pub async fn serve_clients(
+    listener: TcpListener,
+    port: Port,
+    placer: Arc<Placer>,
+    closing: CancellationToken,
+    drain: Duration,
+    last_words: Duration,
+) -> Result<(), ProcessError> {
+    let cut = || placer.close();
+    let served = serve_and_cut(listener, port, closing, drain, cut, last_words).await;
+    placer.close();
+    served
 }
 
 /// Who tells the controllers of this coordinator.

@@ -38,6 +38,6 @@ pub mod serve;
 pub mod stream;
 pub mod text;
 
-pub use build::{Parts, assemble, run};
+pub use build::{Parts, assemble, run, serve_clients};
 pub use config::CoordinatorConfig;
 pub use error::{CoordinatorError, ModelError};

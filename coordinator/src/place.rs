@@ -12,6 +12,7 @@ use baton_schedule::{
     chains::Chain,
 };
 use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     dispatch::{Assignment, Generation, NotSent},
@@ -26,6 +27,8 @@ pub struct Placer {
     pub attachments: Arc<Attachments>,
     pub handoffs: Arc<Handoffs>,
     pub breakers: Arc<Breakers>,
+    /// Cancelled when the process has no more time for requests: nobody waits for a place from then on.
+    pub closed: CancellationToken,
 }
 
 /// A place that is booked, and held for as long as this is.
@@ -79,6 +82,12 @@ impl Placer {
         self.board.look(&wanted(served, prompt, &[], &chains, admitting.avoid(), among))
     }
 
+    /// What is left of requests is ended: their instances are lost to them, and they are given to nobody else.
+    pub fn close(&self) {
+        self.closed.cancel();
+        self.attachments.stop_all();
+    }
+
     /// Books a prompt as [`Self::book`] does, among all, as soon as an instance can take it.
     pub async fn book_by(
         &self,
@@ -91,11 +100,17 @@ impl Placer {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
+            if self.closed.is_cancelled() {
+                return Err(NoPlace::NoInstance);
+            }
             match self.book(served, prompt, generated, avoid, Among::All) {
-                Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) | Err(_) => return Err(reason),
-                },
+                Err(reason) if reason.may_pass() => {
+                    let change = self.closed.run_until_cancelled(timeout_at(deadline, changes.changed()));
+                    match change.await {
+                        Some(Ok(Ok(()))) => {}
+                        None | Some(Ok(Err(_)) | Err(_)) => return Err(reason),
+                    }
+                }
                 settled => return settled,
             }
         }

@@ -10,5 +10,6 @@ pub(crate) fn placer(board: Arc<Board>, attachments: Attachments) -> Placer {
         attachments: Arc::new(attachments),
         handoffs: Arc::default(),
         breakers: Arc::new(Breakers::new(&metrics)),
+        closed: CancellationToken::new(),
     }
 }

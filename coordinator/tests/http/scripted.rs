@@ -4,7 +4,9 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use baton_coordinator::{CoordinatorConfig, Parts, assemble, keys::Source, prepare::Served, serve::Service};
+use baton_coordinator::{
+    CoordinatorConfig, Parts, assemble, keys::Source, prepare::Served, serve::Service, serve_clients,
+};
 use baton_process::{Essential, HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};
 use baton_registry::{
@@ -398,7 +400,8 @@ impl Cluster {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("is bound"));
         let port = Port::of_observers(router);
-        tasks.spawn(baton_process::http::serve(listener, port, shutdown.clone(), Duration::from_secs(1)));
+        let (placer, second) = (service.placer.clone(), Duration::from_secs(1));
+        tasks.spawn(serve_clients(listener, port, placer, shutdown.clone(), second, second));
         let client = reqwest::Client::new();
         Self { service, store, url, client, _stop: shutdown.drop_guard() }
     }

@@ -221,6 +221,30 @@ async fn a_stream_goes_on_while_the_coordinator_drains_and_its_connection_closes
 }
 
 #[tokio::test]
+async fn what_a_drain_has_no_more_time_for_is_told_so() {
+    let patient = |config: &mut CoordinatorConfig| config.carry.patience = Duration::from_secs(30);
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], patient).await;
+    let stream = cluster.chat(json!({"stream": true}));
+    let leg = mixed.dispatch().await.leg;
+    mixed.tokens(leg, 0, "a");
+    let stream = stream.await.expect("ends");
+    let whole = cluster.chat(json!({}));
+    let leg = mixed.dispatch().await.leg;
+    mixed.tokens(leg, 0, "b");
+    let service = cluster.shut_down().await;
+    let body = timeout(PATIENCE, stream.text()).await.expect("ends in time").expect("is not cut");
+    let events = events(&body);
+    let last: Value = serde_json::from_str(events.last().expect("an event")).expect("is JSON");
+    assert_eq!(
+        (chat_text(&events[..events.len() - 1]).as_str(), last["error"]["type"].as_str()),
+        ("a", Some("server_error"))
+    );
+    let answer = timeout(PATIENCE, whole).await.expect("ends in time").expect("is answered");
+    assert_eq!(answer.status(), 502);
+    until("nothing is held", || service.metrics.in_flight.get() == 0).await;
+}
+
+#[tokio::test]
 async fn a_stream_that_has_nothing_to_tell_is_sent_comments() {
     const COMMENT: &str = ": waiting\n\n";
     let often = |config: &mut CoordinatorConfig| {

@@ -124,6 +124,19 @@ pub async fn serve(
     shutdown: CancellationToken,
     drain: Duration,
 ) -> Result<(), ProcessError> {
+    serve_and_cut(listener, port, shutdown, drain, || {}, Duration::ZERO).await
+}
+
+/// The same; requests that have not finished by then are `cut`: whoever serves them ends them, and they have `last_words` to tell
+/// their clients.
+pub async fn serve_and_cut(
+    listener: TcpListener,
+    port: Port,
+    shutdown: CancellationToken,
+    drain: Duration,
+    cut: impl FnOnce(),
+    last_words: Duration,
+) -> Result<(), ProcessError> {
     listener.set_nonblocking(true).map_err(ProcessError::Http)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ProcessError::Http)?;
     let (open, mut seats) = (TaskTracker::new(), Seats::new("HTTP", port.connections));
@@ -141,9 +154,11 @@ pub async fn serve(
     }
     drop(listener);
     open.close();
-    // What does not end in time is left to its task, which still tells its client when the process takes its work away.
     if timeout(drain, open.wait()).await.is_err() {
         tracing::warn!(?drain, "some requests did not end in time and are cut off");
+        cut();
+        // Who does not read by then what they are told goes without.
+        let _ = timeout(last_words, open.wait()).await;
     }
     Ok(())
 }
