@@ -105,14 +105,17 @@ impl Models {
         self.all.first().filter(|_| self.all.len() == 1)
     }
 
-    /// The one that a request names.
+    /// The one that a request names; the only one if it names none.
     pub fn asked(&self, name: Option<&str>) -> Result<&Arc<Model>, ApiError> {
         let (code, what) = match name {
             Some(name) => match self.by_name.get(name) {
                 Some(model) => return Ok(model),
                 None => (ErrorCode::ModelNotFound, format!("there is no model `{name}`")),
             },
-            None => (ErrorCode::InvalidArgument, "must be given".to_owned()),
+            None => match self.only() {
+                Some(model) => return Ok(model),
+                None => (ErrorCode::InvalidArgument, "must be given".to_owned()),
+            },
         };
         let names: Vec<String> =
             self.all.iter().flat_map(|model| model.served.names()).map(|name| format!("`{name}`")).collect();
@@ -155,6 +158,12 @@ mod tests {
         let (code, message) = told(None);
         assert_eq!(code, ErrorCode::InvalidArgument);
         assert_eq!(message, "model: must be given; there are `a`, `x`, `y`, `b`");
+    }
+
+    #[test]
+    fn a_request_that_names_none_asks_for_the_only_one() {
+        let models = models(&[("a", &["x"])]).expect("names differ");
+        assert_eq!(&*models.asked(None).expect("there is one").served.name, "a");
     }
 
     #[test]

@@ -21,8 +21,8 @@ pub struct LimitsConfig {
     pub max_held_body_bytes: usize,
     /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
     /// bytes for each token, 8 for each KV block by each way in which instances name them, and the text with `echo` once and
-    /// twice for each choice; and for log probabilities until they are written, as many as are asked for (without `max_tokens`
-    /// that is the context's rest): 96 bytes for each token of the answers, and 8 for each alternative; beyond 16 KiB of each
+    /// twice for each choice; and for log probabilities until they are written, as many as are asked for (of a chat
+    /// without `max_tokens` that is the context's rest): 96 bytes for each token of the answers, and 8 for each alternative; beyond 16 KiB of each
     /// request. What does not fit is refused with 429; of API keys those of the band `standard` leave an eighth to others, those
     /// of `batch` a quarter, and tenants share it as they do `max_held_body_bytes`. At least eight times `max_body_bytes`.
     pub max_held_prompt_bytes: usize,
@@ -64,7 +64,7 @@ pub struct LimitsConfig {
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub linger: Duration,
-    /// Most tokens one request may generate; also what is taken when a request does not say. 0 = the context's rest.
+    /// Most tokens of one answer; also what is taken of a chat that does not say. 0 = the context's rest.
     pub max_completion_tokens: u32,
     /// Most answers one request may ask for, `n` times its prompts.
     #[schemars(range(min = 1, max = CHOICES_MOST))]

@@ -3,21 +3,25 @@
 use baton_proto::ApiError;
 use serde_json::Value;
 
-use super::{Endpoint, ends::no_token, invalid, openai::Request};
+use super::{
+    Endpoint,
+    ends::no_token,
+    invalid,
+    openai::{Request, Small},
+};
 
 /// Biases a request may name.
 const BIASES_MOST: usize = 1024;
 const BIAS_MOST: f64 = 100.0;
-/// Likeliest tokens told beside each: of chats, and of completions.
-const CHAT_TOP_MOST: i64 = 20;
-const TEXT_TOP_MOST: i64 = 5;
+/// Likeliest tokens told beside each.
+const TOP_MOST: i64 = 20;
 
 /// What is added to the logits of single tokens, by token.
 pub(super) fn logit_bias(request: &Request, vocabulary: u32) -> Result<Vec<(u32, f32)>, ApiError> {
     let field = "logit_bias";
     let map = match &request.logit_bias {
         None => return Ok(Vec::new()),
-        Some(Value::Object(map)) => map,
+        Some(Small(Value::Object(map))) => map,
         Some(_) => {
             return Err(invalid(field, "must be an object of biases by token id, as in {\"50256\": -100}"));
         }
@@ -50,10 +54,11 @@ pub(super) fn logit_bias(request: &Request, vocabulary: u32) -> Result<Vec<(u32,
 
 /// How many of the likeliest tokens to tell beside each token; `None`: nothing of the kind is wanted.
 pub(super) fn top_logprobs(endpoint: Endpoint, request: &Request) -> Result<Option<u32>, ApiError> {
-    let top = request.top_logprobs.map(|top| top.0);
+    let (top, logprobs) =
+        (request.top_logprobs.map(|top| top.0), request.logprobs.as_ref().map(|asked| &asked.0));
     match endpoint {
         Endpoint::Chat => {
-            let on = match &request.logprobs {
+            let on = match logprobs {
                 None | Some(Value::Bool(false)) => false,
                 Some(Value::Bool(true)) => true,
                 Some(_) => {
@@ -61,8 +66,8 @@ pub(super) fn top_logprobs(endpoint: Endpoint, request: &Request) -> Result<Opti
                 }
             };
             let top = top.unwrap_or(0);
-            if !(0..=CHAT_TOP_MOST).contains(&top) {
-                return Err(invalid("top_logprobs", &format!("must be 0 to {CHAT_TOP_MOST}, got {top}")));
+            if !(0..=TOP_MOST).contains(&top) {
+                return Err(invalid("top_logprobs", &format!("must be 0 to {TOP_MOST}, got {top}")));
             }
             if top > 0 && !on {
                 return Err(invalid("top_logprobs", "is allowed only with `logprobs`: true"));
@@ -73,14 +78,14 @@ pub(super) fn top_logprobs(endpoint: Endpoint, request: &Request) -> Result<Opti
             if top.is_some_and(|top| top != 0) {
                 return Err(invalid("top_logprobs", "is for chats; here `logprobs` is the number"));
             }
-            let whole = |number: f64| number.fract() == 0.0 && (0.0..=TEXT_TOP_MOST as f64).contains(&number);
-            match &request.logprobs {
+            let whole = |number: f64| number.fract() == 0.0 && (0.0..=TOP_MOST as f64).contains(&number);
+            match logprobs {
                 None | Some(Value::Bool(false)) => Ok(None),
                 Some(value) => match value.as_f64().filter(|&number| whole(number)) {
                     Some(number) => Ok(Some(number as u32)),
                     None => Err(invalid(
                         "logprobs",
-                        &format!("must be a whole number, 0 to {TEXT_TOP_MOST}, got {value}"),
+                        &format!("must be a whole number, 0 to {TOP_MOST}, got {value}"),
                     )),
                 },
             }
@@ -130,6 +135,7 @@ mod tests {
             (Text, "{}", None),
             (Text, r#"{"logprobs": 0}"#, Some(0)),
             (Text, r#"{"logprobs": 5.0, "top_logprobs": 0}"#, Some(5)),
+            (Text, r#"{"logprobs": 20}"#, Some(20)),
         ];
         for (endpoint, body, expected) in good {
             assert_eq!(check(endpoint, body).expect(body), expected, "{body}");
@@ -139,7 +145,7 @@ mod tests {
             (Chat, r#"{"logprobs": true, "top_logprobs": -1}"#, "top_logprobs"),
             (Chat, r#"{"top_logprobs": 1}"#, "top_logprobs"),
             (Chat, r#"{"logprobs": 2}"#, "logprobs"),
-            (Text, r#"{"logprobs": 6}"#, "logprobs"),
+            (Text, r#"{"logprobs": 21}"#, "logprobs"),
             (Text, r#"{"logprobs": -1}"#, "logprobs"),
             (Text, r#"{"logprobs": 1.5}"#, "logprobs"),
             (Text, r#"{"logprobs": true}"#, "logprobs"),

@@ -26,7 +26,7 @@ use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader};
 
 use crate::text::{ChatMessage, TextStops, Variables};
-use openai::{Content, Message, OnePrompt};
+use openai::{Content, Message, OnePrompt, PartFault, SmallObject, WrongPart};
 pub use openai::{Request, parse};
 
 /// Which of OpenAI's two endpoints was called.
@@ -119,7 +119,7 @@ fn written_bytes(text: &str) -> usize {
 /// What bounds a request beside the model.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestLimits {
-    /// Tokens of one answer; also what is taken when a request does not say. 0 = the context's rest.
+    /// Tokens of one answer; also what is taken of a chat that does not say. 0 = the context's rest.
     pub max_completion_tokens: u32,
     /// Answers to all prompts together.
     pub max_choices: u32,
@@ -145,7 +145,7 @@ pub fn prepare(
         Endpoint::Text => {
             let missing =
                 || invalid("prompt", "must be given: a string, a list of token ids, or a list of either");
-            if request.chat_template_kwargs.as_ref().is_some_and(|variables| !variables.is_empty()) {
+            if request.chat_template_kwargs.as_ref().is_some_and(|variables| !variables.0.is_empty()) {
                 let message = "chat_template_kwargs: a completion has no template; see /v1/chat/completions";
                 let error = ApiError::new(ErrorCode::Unsupported, message);
                 return Err(error.param("chat_template_kwargs"));
@@ -203,7 +203,7 @@ fn echoes(endpoint: Endpoint, request: &Request) -> Result<bool, ApiError> {
     match (request.echo, endpoint) {
         (None | Some(false), _) => Ok(false),
         (Some(true), Endpoint::Chat) => Err(unserved("is for /v1/completions")),
-        (Some(true), Endpoint::Text) if request.logprobs.as_ref().is_some_and(|asked| *asked != false) => {
+        (Some(true), Endpoint::Text) if request.logprobs.as_ref().is_some_and(|asked| asked.0 != false) => {
             Err(unserved("log probabilities of the prompt are not served; leave out `echo` or `logprobs`"))
         }
         (Some(true), Endpoint::Text) => Ok(true),
@@ -255,7 +255,7 @@ fn template_variables(request: &Request) -> Result<Cow<'_, Variables>, ApiError>
         "tokenize",
         "tools",
     ];
-    let Some(variables) = &request.chat_template_kwargs else { return Ok(Cow::default()) };
+    let Some(SmallObject(variables)) = &request.chat_template_kwargs else { return Ok(Cow::default()) };
     match TAKEN.into_iter().find(|name| variables.contains_key(*name)) {
         Some(name) => {
             let field = format!("chat_template_kwargs.{name}");
@@ -282,7 +282,7 @@ fn checked(index: usize, message: &Message) -> Result<ChatMessage<'static>, ApiE
         }
         None => return Err(invalid(field("role"), "must be given: `system`, `user` or `assistant`")),
     };
-    if message.tool_calls.as_ref().is_some_and(|calls| calls.as_array().is_none_or(|list| !list.is_empty())) {
+    if message.tool_calls.as_ref().is_some_and(|calls| *calls != openai::Asked::Nothing) {
         return Err(unserved("tool_calls", "tools are not served"));
     }
     if message.function_call.as_ref().is_some_and(|call| *call != openai::Asked::Nothing) {
@@ -290,24 +290,16 @@ fn checked(index: usize, message: &Message) -> Result<ChatMessage<'static>, ApiE
     }
     let content = match &message.content {
         Some(Content::Text(text)) => text.clone(),
-        Some(Content::Parts(parts)) => {
-            let mut whole = String::new();
-            for (at, part) in parts.iter().enumerate() {
-                match (part.kind.as_deref(), &part.text) {
-                    (Some("text"), Some(text)) => whole.push_str(text),
-                    (Some("text"), None) => {
-                        return Err(invalid(field(&format!("content[{at}].text")), "must be given"));
-                    }
-                    (Some(kind), _) => {
-                        let why = format!("only parts of type `text` are served, got `{kind}`");
-                        return Err(unserved(&format!("content[{at}].type"), &why));
-                    }
-                    (None, _) => {
-                        return Err(invalid(field(&format!("content[{at}].type")), "must be given"));
-                    }
+        Some(Content::Parts(Ok(texts))) => texts.as_str().into(),
+        Some(Content::Parts(Err(WrongPart { at, fault }))) => {
+            return Err(match fault {
+                PartFault::NoText => invalid(field(&format!("content[{at}].text")), "must be given"),
+                PartFault::NoType => invalid(field(&format!("content[{at}].type")), "must be given"),
+                PartFault::Other(kind) => {
+                    let why = format!("only parts of type `text` are served, got `{kind}`");
+                    unserved(&format!("content[{at}].type"), &why)
                 }
-            }
-            whole.into()
+            });
         }
         // An assistant's turn without words is what clients send back after tool calls.
         None if role == "assistant" => Arc::default(),

@@ -4,9 +4,13 @@
 //! clients send many (`user`, `metadata`, `store`, ...), without being kept. Those that would change the answer and are not
 //! served are [`Asked`], to be refused by name.
 
+use std::fmt;
+
 use baton_proto::{ApiError, ErrorCode};
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, SeqAccess, Visitor},
+};
 
 mod content;
 mod ids;
@@ -14,17 +18,22 @@ mod prompt;
 mod unserved;
 mod values;
 
-pub use content::{Content, Part};
+pub use content::{Content, PartFault, WrongPart};
 pub use prompt::{OnePrompt, Prompt};
 pub use unserved::{Asked, refuse};
-pub use values::{Integer, List, Number};
+pub use values::{Integer, List, Number, Small, SmallObject};
+
+/// Messages of a chat: more than anybody's, and few enough for what each takes in a template.
+const MESSAGES_MOST: usize = 1 << 14;
+/// Entries of lists that are checked, and bounded, later.
+const ENTRIES_MOST: usize = 1024;
 
 /// Body of `POST /v1/chat/completions` and `POST /v1/completions`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "a JSON object")]
 pub struct Request {
     pub model: Option<String>,
-    pub messages: Option<List<Message>>,
+    pub messages: Option<List<Message, MESSAGES_MOST>>,
     pub prompt: Option<Prompt>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
@@ -33,7 +42,7 @@ pub struct Request {
     pub best_of: Option<Integer>,
     pub priority: Option<Integer>,
     /// A switch for chats, a number for completions.
-    pub logprobs: Option<Value>,
+    pub logprobs: Option<Small>,
     pub top_logprobs: Option<Integer>,
 
     pub temperature: Option<Number>,
@@ -43,18 +52,18 @@ pub struct Request {
     pub frequency_penalty: Option<Number>,
     pub presence_penalty: Option<Number>,
     pub repetition_penalty: Option<Number>,
-    pub logit_bias: Option<Value>,
+    pub logit_bias: Option<Small>,
     pub seed: Option<Integer>,
     pub max_tokens: Option<Integer>,
     pub max_completion_tokens: Option<Integer>,
     pub min_tokens: Option<Integer>,
     pub stop: Option<Stop>,
-    pub stop_token_ids: Option<List<Integer>>,
+    pub stop_token_ids: Option<List<Integer, ENTRIES_MOST>>,
     pub include_stop_str_in_output: Option<bool>,
     pub ignore_eos: Option<bool>,
 
     /// For the model's template.
-    pub chat_template_kwargs: Option<Map<String, Value>>,
+    pub chat_template_kwargs: Option<SmallObject>,
 
     // What is not served: see `unserved`.
     pub add_generation_prompt: Option<Asked>,
@@ -62,6 +71,7 @@ pub struct Request {
     pub allowed_token_ids: Option<Asked>,
     pub audio: Option<Asked>,
     pub bad_words: Option<Asked>,
+    pub cache_salt: Option<Asked>,
     pub chat_template: Option<Asked>,
     pub continue_final_message: Option<Asked>,
     pub documents: Option<Asked>,
@@ -77,10 +87,13 @@ pub struct Request {
     pub lora_path: Option<Asked>,
     pub modalities: Option<Asked>,
     pub no_stop_trim: Option<Asked>,
+    pub prompt_embeds: Option<Asked>,
     pub prompt_logprobs: Option<Asked>,
     pub reasoning_effort: Option<Asked>,
     pub regex: Option<Asked>,
     pub response_format: Option<Asked>,
+    pub return_hidden_states: Option<Asked>,
+    pub return_token_ids: Option<Asked>,
     pub return_tokens_as_token_ids: Option<Asked>,
     pub skip_special_tokens: Option<Asked>,
     pub stop_regex: Option<Asked>,
@@ -102,21 +115,47 @@ pub struct Request {
 pub struct Message {
     pub role: Option<String>,
     pub content: Option<Content>,
-    pub tool_calls: Option<Value>,
+    pub tool_calls: Option<Asked>,
     pub function_call: Option<Asked>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
+#[derive(Debug)]
 pub enum Stop {
     One(String),
     Many(Vec<String>),
+}
+
+struct StopVisitor;
+
+impl<'de> Visitor<'de> for StopVisitor {
+    type Value = Stop;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string or a list of strings")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Stop, E> {
+        Ok(Stop::One(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Stop, A::Error> {
+        let mut strings = Vec::new();
+        values::extend(&mut strings, list, ENTRIES_MOST)?;
+        Ok(Stop::Many(strings))
+    }
+}
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(StopVisitor)
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "an object, as in {\"include_usage\": true}")]
 pub struct StreamOptions {
     pub include_usage: Option<bool>,
+    pub continuous_usage_stats: Option<Asked>,
 }
 
 /// Reads a body; errors say where and, where one is at fault, which field. To know the field takes as long as all else of

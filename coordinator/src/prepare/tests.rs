@@ -43,7 +43,7 @@ fn chats_go_through_the_template() {
             {"role": "user", "content": "c"}]}"#,
     )
     .expect("is taken");
-    assert_eq!(words(&prepared), "system:be brief\nuser:ab\nassistant:\nuser:c\nassistant:");
+    assert_eq!(words(&prepared), "system:be brief\nuser:a\nb\nassistant:\nuser:c\nassistant:");
     assert_eq!(
         prepared.shape,
         Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true, logprobs: false }

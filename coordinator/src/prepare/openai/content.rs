@@ -1,4 +1,5 @@
-//! What a message says: a text, or a list of parts. Read straight into what it is, so that a long text is copied once.
+//! What a message says: a text, or a list of parts. Read straight into what it is, so that a long text is copied once and no list
+//! of parts takes more than its texts.
 
 use std::{fmt, sync::Arc};
 
@@ -7,18 +8,54 @@ use serde::{
     de::{Error, SeqAccess, Visitor},
 };
 
+/// Between the texts of two parts, as vLLM has it.
+const BETWEEN_PARTS: char = '\n';
+/// Of a part's type, so much is told where it is not served.
+const KIND_BYTES_MOST: usize = 40;
+
 #[derive(Debug)]
 pub enum Content {
     Text(Arc<str>),
-    Parts(Vec<Part>),
+    /// The texts of all parts, or the first that is none.
+    Parts(Result<String, WrongPart>),
+}
+
+/// A part that is not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrongPart {
+    /// Its place in the list.
+    pub at: usize,
+    pub fault: PartFault,
+}
+
+/// What is wrong with a part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PartFault {
+    /// It says of no type.
+    NoType,
+    /// It is a text, without one.
+    NoText,
+    /// It is something else: so its type begins.
+    Other(String),
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "a part, as in {\"type\": \"text\", \"text\": ...}")]
-pub struct Part {
+struct Part {
     #[serde(rename = "type")]
-    pub kind: Option<String>,
-    pub text: Option<String>,
+    kind: Option<String>,
+    text: Option<String>,
+}
+
+impl Part {
+    fn text(self) -> Result<String, PartFault> {
+        match (self.kind.as_deref(), self.text) {
+            (Some("text"), Some(text)) => Ok(text),
+            (Some("text"), None) => Err(PartFault::NoText),
+            (Some(kind), _) => Err(PartFault::Other(kind.chars().take(KIND_BYTES_MOST).collect())),
+            (None, _) => Err(PartFault::NoType),
+        }
+    }
 }
 
 struct ContentVisitor;
@@ -35,11 +72,22 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {
-        let mut parts = Vec::new();
-        while let Some(part) = list.next_element()? {
-            parts.push(part);
+        let (mut whole, mut at) = (Ok(String::new()), 0);
+        // The rest is read on, as what is wrong with it as JSON is told first.
+        while let Some(part) = list.next_element::<Part>()? {
+            if let Ok(texts) = &mut whole {
+                match part.text() {
+                    Ok(text) if at == 0 => *texts = text,
+                    Ok(text) => {
+                        texts.push(BETWEEN_PARTS);
+                        texts.push_str(&text);
+                    }
+                    Err(fault) => whole = Err(WrongPart { at, fault }),
+                }
+            }
+            at += 1;
         }
-        Ok(Content::Parts(parts))
+        Ok(Content::Parts(whole))
     }
 }
 

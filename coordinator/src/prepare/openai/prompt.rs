@@ -8,7 +8,8 @@ use serde::{
     de::{Error, SeqAccess, Unexpected, Visitor, value::SeqAccessDeserializer},
 };
 
-use super::List;
+use super::{List, values};
+use crate::config::CHOICES_MOST;
 
 #[derive(Debug, PartialEq)]
 pub enum Prompt {
@@ -100,13 +101,18 @@ impl<'de> Deserialize<'de> for First {
 }
 
 /// All of a list whose first element has been read.
-fn whole<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(first: T, mut list: A) -> Result<Vec<T>, A::Error> {
+fn whole<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+    first: T,
+    list: A,
+    most: usize,
+) -> Result<Vec<T>, A::Error> {
     let mut all = vec![first];
-    while let Some(next) = list.next_element()? {
-        all.push(next);
-    }
+    values::extend(&mut all, list, most)?;
     Ok(all)
 }
+
+/// Prompts of a request: each wants an answer.
+const PROMPTS_MOST: usize = CHOICES_MOST as usize;
 
 struct PromptVisitor;
 
@@ -124,10 +130,10 @@ impl<'de> Visitor<'de> for PromptVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Prompt, A::Error> {
         Ok(match list.next_element()? {
             None => Prompt::Tokens(Vec::new()),
-            Some(First::Token(token)) => Prompt::Tokens(ids(whole(token, list)?)),
-            Some(First::Text(text)) => Prompt::Texts(whole(text, list)?),
+            Some(First::Token(token)) => Prompt::Tokens(ids(whole(token, list, usize::MAX)?)),
+            Some(First::Text(text)) => Prompt::Texts(whole(text, list, PROMPTS_MOST)?),
             Some(First::Tokens(tokens)) => {
-                let lists = whole(tokens, list)?;
+                let lists = whole(tokens, list, PROMPTS_MOST)?;
                 Prompt::TokenLists(lists.into_iter().map(|List(tokens)| ids(tokens)).collect())
             }
         })

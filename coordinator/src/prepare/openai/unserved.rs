@@ -134,8 +134,10 @@ pub fn refuse(request: &Request) -> Result<(), ApiError> {
     const THINKING: &str = "not served by itself; see `chat_template_kwargs`";
     const ADAPTERS: &str = "adapters are not served";
     const BIAS: &str = "not served; see `logit_bias`";
+    const TOKENS: &str = "tokens are told as text";
     const WEB: &str = "nothing is looked up";
     let of = request;
+    let usage = &of.stream_options.as_ref().and_then(|options| options.continuous_usage_stats.clone());
     let by_itself = ["none", "auto"];
     let text_only = unset(&of.modalities) || of.modalities == Some(Asked::TextOnly);
     let served = [
@@ -204,7 +206,12 @@ pub fn refuse(request: &Request) -> Result<(), ApiError> {
         ),
         ("stop_regex", unset(&of.stop_regex), "not served; see `stop`"),
         ("no_stop_trim", unset(&of.no_stop_trim), "not served; see `include_stop_str_in_output`"),
-        ("return_tokens_as_token_ids", unset(&of.return_tokens_as_token_ids), "tokens are told as text"),
+        ("return_tokens_as_token_ids", unset(&of.return_tokens_as_token_ids), TOKENS),
+        ("return_token_ids", unset(&of.return_token_ids), TOKENS),
+        ("return_hidden_states", unset(&of.return_hidden_states), "hidden states are not told"),
+        ("prompt_embeds", unset(&of.prompt_embeds), "only text and token ids are taken"),
+        ("cache_salt", unset(&of.cache_salt), "all requests share their prefixes; leave it out"),
+        ("stream_options.continuous_usage_stats", unset(usage), "usage is told once; see `include_usage`"),
         ("skip_special_tokens", not_off(&of.skip_special_tokens), "special tokens have no text here"),
     ];
     match served.iter().find(|(_, good, _)| !good) {
@@ -259,6 +266,14 @@ mod tests {
             (r#"{"stop_regex": "a+"}"#, "stop_regex"),
             (r#"{"no_stop_trim": true}"#, "no_stop_trim"),
             (r#"{"return_tokens_as_token_ids": true}"#, "return_tokens_as_token_ids"),
+            (r#"{"return_token_ids": true}"#, "return_token_ids"),
+            (r#"{"cache_salt": "mine"}"#, "cache_salt"),
+            (r#"{"prompt_embeds": ["x"]}"#, "prompt_embeds"),
+            (r#"{"return_hidden_states": true}"#, "return_hidden_states"),
+            (
+                r#"{"stream_options": {"continuous_usage_stats": true}}"#,
+                "stream_options.continuous_usage_stats",
+            ),
         ];
         for (body, field) in cases {
             let error = refused(body).expect_err(body);
