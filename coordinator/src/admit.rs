@@ -144,6 +144,14 @@ impl Gate {
         Ok(())
     }
 
+    /// What an answer takes that was written and is not read yet, in place of what was kept of its prompt. It is there, and is not
+    /// refused: others are, if it is more than there was.
+    pub fn unread(&self, ticket: Ticket, tenant: &Tenant, bytes: usize) -> UnreadBytes {
+        let mut held = ticket.held.unwrap_or_else(|| self.prompts.part(&tenant.name));
+        held.set(bytes);
+        UnreadBytes(held)
+    }
+
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way. Where there is none
     /// the request leaves the house.
     pub fn body(&self, ticket: Ticket, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
@@ -194,6 +202,9 @@ pub struct Ticket {
     held: Option<Held>,
     _room: OwnedSemaphorePermit,
 }
+
+/// The memory of an answer that its client has not read yet. Given back by drop.
+pub struct UnreadBytes(#[expect(dead_code, reason = "held for its drop")] Held);
 
 /// A turn at a core: a body may be worked on. Goes where the work goes, as that does not end with its client.
 pub struct Turn {

@@ -203,7 +203,7 @@ mod tests {
             growing.push(&[0; FREE_BYTES]).expect("nobody else has any");
         }
         drop(growing);
-        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 90 * FREE_BYTES));
+        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 90 * FREE_BYTES as isize));
     }
 
     #[test]
@@ -215,6 +215,6 @@ mod tests {
             }
         };
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(work))));
-        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 3 * FREE_BYTES));
+        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 3 * FREE_BYTES as isize));
     }
 }

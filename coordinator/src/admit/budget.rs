@@ -28,7 +28,8 @@ pub(super) struct Budget {
 }
 
 struct State {
-    left: usize,
+    /// Less than nothing: what could not be refused has taken more than there was.
+    left: isize,
     /// By tenant; those that hold nothing are not in it.
     held: HashMap<Arc<str>, usize>,
 }
@@ -36,7 +37,7 @@ struct State {
 impl State {
     /// More for a part of it that has come to `own` bytes.
     fn take(&mut self, bytes: usize, own: usize, tenant: &Arc<str>, least: usize) -> Option<()> {
-        let left = self.left.checked_sub(bytes).filter(|left| *left >= least)?;
+        let left = usize::try_from(self.left).ok()?.checked_sub(bytes).filter(|left| *left >= least)?;
         if !tenant.is_empty() {
             let held = self.held.get(tenant).copied().unwrap_or(0);
             if held > own && held + bytes > left.saturating_mul(SHARE) {
@@ -44,12 +45,20 @@ impl State {
             }
             self.held.insert(tenant.clone(), held + bytes);
         }
-        self.left = left;
+        self.left = signed(left);
         Some(())
     }
 
+    /// The same, whatever is left.
+    fn force(&mut self, bytes: usize, tenant: &Arc<str>) {
+        if !tenant.is_empty() {
+            *self.held.entry(tenant.clone()).or_default() += bytes;
+        }
+        self.left = self.left.saturating_sub(signed(bytes));
+    }
+
     fn give_back(&mut self, bytes: usize, tenant: &Arc<str>) {
-        self.left += bytes;
+        self.left = self.left.saturating_add(signed(bytes));
         if let Some(held) = self.held.get_mut(tenant) {
             *held = held.saturating_sub(bytes);
             if *held == 0 {
@@ -67,7 +76,7 @@ impl Budget {
         why: Refusal,
         message: &'static str,
     ) -> Arc<Self> {
-        let state = Mutex::new(State { left: bytes, held: HashMap::new() });
+        let state = Mutex::new(State { left: signed(bytes), held: HashMap::new() });
         Arc::new(Self { state, reserved: reserved.clone(), refusals: refusals.clone(), why, message })
     }
 
@@ -78,7 +87,7 @@ impl Budget {
     }
 
     #[cfg(test)]
-    pub(super) fn left(&self) -> usize {
+    pub(super) fn left(&self) -> isize {
         self.state.lock().left
     }
 }
@@ -113,6 +122,18 @@ impl Held {
         self.bytes = bytes;
         Ok(())
     }
+
+    /// Comes to be of so many bytes that are there already.
+    pub(super) fn set(&mut self, bytes: usize) {
+        if let Some(more) = bytes.checked_sub(self.bytes) {
+            self.budget.state.lock().force(more, &self.tenant);
+            self.budget.reserved.inc_by(gauged(more));
+            self.bytes = bytes;
+        } else {
+            // To give back is never refused.
+            let _ = self.resize(bytes, 0);
+        }
+    }
 }
 
 impl Drop for Held {
@@ -120,6 +141,11 @@ impl Drop for Held {
         // To give back is never refused.
         let _ = self.resize(0, 0);
     }
+}
+
+/// No machine has more memory than half of what its addresses can say.
+fn signed(bytes: usize) -> isize {
+    isize::try_from(bytes).unwrap_or(isize::MAX)
 }
 
 /// No machine has more memory than a gauge can say.

@@ -57,7 +57,14 @@ pub struct Permit {
     _served: Counted<2>,
     _seat: Seat,
     _spot: OwnedSemaphorePermit,
-    _ticket: Ticket,
+    ticket: Ticket,
+}
+
+impl Permit {
+    /// Gives back all but the request's room in the house, and for what it holds.
+    pub fn into_ticket(self) -> Ticket {
+        self.ticket
+    }
 }
 
 /// What a request is to wait for, and how.
@@ -218,7 +225,7 @@ impl Line {
         let (Bound { seat, spot, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
         let served = Counted::new(&[desk.counts.all_in_flight.clone(), desk.counts.in_flight.clone()]);
-        let permit = Permit { _served: served, _seat: seat, _spot: spot, _ticket: ticket };
+        let permit = Permit { _served: served, _seat: seat, _spot: spot, ticket };
         Ok(Admission { permit, prepared, bookings, waited })
     }
 

@@ -9,6 +9,7 @@ mod body;
 mod logprobs;
 mod reply;
 mod sse;
+mod whole;
 
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -184,14 +185,16 @@ async fn answer(
         let usage = streaming.rest(&mut deltas).await?;
         let scored: usize = deltas.iter().map(|delta| delta.tokens.len()).sum();
         let text: usize = deltas.iter().map(|delta| delta.text.len()).sum();
-        if scored <= SCORED_INLINE && text <= TEXT_INLINE {
-            return Ok(voice.whole(&deltas, &usage));
-        }
-        let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
-        return written.map_err(|error| {
-            tracing::error!(%error, "writing an answer panicked");
-            ApiError::new(ErrorCode::Internal, "the answer could not be written")
-        });
+        let written = if scored <= SCORED_INLINE && text <= TEXT_INLINE {
+            voice.whole(&deltas, &usage)
+        } else {
+            let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
+            written.map_err(|error| {
+                tracing::error!(%error, "writing an answer panicked");
+                ApiError::new(ErrorCode::Internal, "the answer could not be written")
+            })?
+        };
+        return Ok(whole::respond(service, streaming, written));
     }
     let first = match timeout(HEAD_PATIENCE, streaming.step(&mut deltas)).await {
         Ok(Step::End(Err(error))) if deltas.iter().all(Delta::is_empty) => return Err(error),
@@ -199,7 +202,11 @@ async fn answer(
         Err(_) => None,
     };
     let comment_after = service.limits.stream_comment_after;
-    let body = SseBody::new(comment_after, voice, service.overdue.hold(streaming), deltas, first, express);
+    let deadline = streaming.deadline();
+    let body = SseBody::new(comment_after, voice, streaming, deltas, first, express);
+    if let Some(deadline) = deadline {
+        service.overdue.watch(body.answer(), deadline);
+    }
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -36,7 +36,7 @@ fn usage_json(usage: &Usage) -> serde_json::Value {
     })
 }
 
-fn json_response(status: StatusCode, body: impl Into<Body>) -> Response {
+pub(super) fn json_response(status: StatusCode, body: impl Into<Body>) -> Response {
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -153,8 +153,8 @@ impl Voice {
         Self { shape, text: served.text.clone(), head: head.into() }
     }
 
-    /// The whole answer.
-    pub(super) fn whole(&self, choices: &[Delta], usage: &Usage) -> Response {
+    /// The whole answer, as JSON.
+    pub(super) fn whole(&self, choices: &[Delta], usage: &Usage) -> Vec<u8> {
         let mut out = self.head.to_vec();
         for (index, delta) in choices.iter().enumerate() {
             if index > 0 {
@@ -173,7 +173,7 @@ impl Voice {
         out.extend_from_slice(b"],\"usage\":");
         write_json(&mut out, &usage_json(usage));
         out.push(b'}');
-        json_response(StatusCode::OK, out)
+        out
     }
 
     /// The chunks that open a chat, one for each choice.

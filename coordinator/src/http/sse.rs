@@ -5,6 +5,9 @@
 //! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
 //! ahead, holds `parts`; all find the answer where the others left it.
 //!
+//! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline ([`Unread`]). Steps with
+//! much to tell, as many choices that begin with an echo have, are written in slices as they are read.
+//!
 //! An answer that has nothing to tell for long, because its prompt is long or because it is looking for another place, is sent
 //! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
 
@@ -39,11 +42,13 @@ use super::reply::Voice;
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
-    stream::{AnswerCell, Delta, Step, Streaming},
+    stream::{Delta, Step, Streaming, Unread},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
 const BUFFER_BYTES: usize = 1 << 10;
+/// Of a step that has more to tell, no more is written once it is so long: the rest when the client has taken that.
+const SLICE_BYTES: usize = 64 << 10;
 
 /// What is written when there is nothing to tell.
 const COMMENT: Bytes = Bytes::from_static(b": waiting\n\n");
@@ -84,7 +89,8 @@ impl Silence {
     }
 }
 
-struct Answer {
+/// See [`SseBody`].
+pub(super) struct Answer {
     parts: Mutex<Parts>,
     /// `None`: every byte goes through the connection's task.
     express: Option<Express>,
@@ -94,12 +100,29 @@ struct Answer {
     gathered: AtomicBool,
 }
 
+/// Where the rest of an answer comes from.
+enum Source {
+    Live(Box<Streaming>),
+    /// Its client has read too slowly, and is to be told so.
+    Late,
+    Ended,
+}
+
+impl Source {
+    /// What it was, to be let go when nothing is locked any more.
+    fn end(&mut self) -> Option<Box<Streaming>> {
+        match mem::replace(self, Self::Ended) {
+            Self::Live(streaming) => Some(streaming),
+            Self::Late | Self::Ended => None,
+        }
+    }
+}
+
 struct Parts {
     voice: Voice,
-    /// `None` once the answer has ended; emptied from elsewhere if the client reads too slowly.
-    cell: Option<AnswerCell>,
-    /// What came while the head waited.
-    first: Option<Step>,
+    source: Source,
+    /// A step that is not written, or not to its end: what came while the head waited, and what is long.
+    begun: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
     deltas: Vec<Delta>,
     /// Written again at each step, after room for a chunk's head.
@@ -119,32 +142,55 @@ impl SseBody {
     pub(super) fn new(
         comment_after: Duration,
         voice: Voice,
-        cell: AnswerCell,
+        streaming: Streaming,
         deltas: Vec<Delta>,
-        first: Option<Step>,
+        begun: Option<Step>,
         express: Option<Express>,
     ) -> Self {
         let out = Vec::with_capacity(BUFFER_BYTES);
-        let cell = Some(cell);
+        let source = Source::Live(Box::new(streaming));
         let (opened, wrote, unsent, broken) = (false, false, false, false);
         let text_at = None;
-        let parts = Parts { voice, cell, first, deltas, out, text_at, opened, wrote, unsent, broken };
+        let parts = Parts { voice, source, begun, deltas, out, text_at, opened, wrote, unsent, broken };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
         let answer = Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered });
         Self { answer, silence: Silence { after: comment_after, timer: None } }
+    }
+
+    /// What is to be read in time.
+    pub(super) fn answer(&self) -> &Arc<Answer> {
+        &self.answer
+    }
+}
+
+impl Unread for Answer {
+    fn expire(&self) {
+        let late = {
+            let mut parts = self.parts.lock();
+            let late = parts.source.end();
+            if late.is_some() {
+                parts.source = Source::Late;
+            }
+            (parts.begun, parts.unsent) = (None, false);
+            (parts.deltas, parts.out, parts.text_at) = (Vec::new(), Vec::new(), None);
+            late
+        };
+        if let Some(late) = late {
+            late.expire();
+        }
+        self.task.wake();
     }
 }
 
 impl Drop for SseBody {
     /// Gives back everything that the request holds: what would wake this answer holds it, too.
     fn drop(&mut self) {
-        let cell = {
+        let left = {
             let mut parts = self.answer.parts.lock();
             parts.unsent = false;
-            parts.cell.take()
+            parts.source.end()
         };
         self.answer.express.iter().for_each(Express::gives);
-        let left = cell.and_then(|cell| cell.lock().take());
         drop(left);
     }
 }
@@ -152,15 +198,15 @@ impl Drop for SseBody {
 impl Parts {
     /// Writes what the next step brings to `out`; `None` after the end.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<()>> {
-        let Some(cell) = &self.cell else { return Poll::Ready(None) };
-        let step = match self.first.take() {
-            Some(step) => step,
-            None => match cell.lock().as_mut().map(|held| held.poll_step(context, &mut self.deltas)) {
-                Some(Poll::Ready(step)) => step,
+        let step = match (&mut self.source, self.begun.take()) {
+            (Source::Ended, _) => return Poll::Ready(None),
+            (Source::Late, _) => Step::End(Err(deadline_passed())),
+            (Source::Live(_), Some(step)) => step,
+            (Source::Live(streaming), None) => match streaming.poll_step(context, &mut self.deltas) {
+                Poll::Ready(step) => step,
                 // The head has gone out without a token: the opening tells the client that it is being served.
-                Some(Poll::Pending) if !self.opened => Step::More,
-                Some(Poll::Pending) => return Poll::Pending,
-                None => Step::End(Err(deadline_passed())),
+                Poll::Pending if !self.opened => Step::More,
+                Poll::Pending => return Poll::Pending,
             },
         };
         self.write(step);
@@ -181,6 +227,10 @@ impl Parts {
             self.voice.opening(out, self.deltas.len());
         }
         for (index, delta) in self.deltas.iter_mut().enumerate() {
+            if out.len() > SLICE_BYTES {
+                self.begun = Some(step);
+                return;
+            }
             self.voice.delta(out, index, delta);
         }
         let Step::End(end) = step else { return };
@@ -189,10 +239,7 @@ impl Parts {
             Err(error) => self.voice.failure(out, &error),
         }
         // Gives the seat back now, not when the client has read everything.
-        if let Some(cell) = self.cell.take() {
-            let ended = cell.lock().take();
-            drop(ended);
-        }
+        drop(self.source.end());
     }
 
     fn write_text(voice: &Voice, out: &mut Vec<u8>, text_at: &mut Option<usize>, text: &mut String) {
@@ -209,8 +256,9 @@ impl Parts {
     /// What the body gives next.
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Bug>>> {
         if self.broken {
-            let met = self.cell.take().and_then(|cell| cell.lock().take());
-            met.into_iter().for_each(Streaming::broke);
+            if let Some(met) = self.source.end() {
+                met.broke();
+            }
             return Poll::Ready(Some(Err(Bug)));
         }
         if mem::take(&mut self.unsent) {
@@ -243,8 +291,9 @@ impl Parts {
             Poll::Ready(None) => Past::Task,
             Poll::Ready(Some(())) => {
                 self.unsent = true;
-                // The connection's task ends the body, and sends the last of it along with that.
-                if self.cell.is_some() { Past::Send } else { Past::Task }
+                // The connection's task ends the body, and sends the last of it along with that, and what follows in slices.
+                let ends = matches!(self.source, Source::Ended) || self.begun.is_some();
+                if ends { Past::Task } else { Past::Send }
             }
         }
     }
@@ -268,15 +317,13 @@ enum Past {
 impl inline::Reader for Answer {
     fn prefetch(&self, depth: usize) {
         let Some(parts) = self.parts.try_lock() else { return };
-        let Some(cell) = &parts.cell else { return };
+        let Source::Live(streaming) = &parts.source else { return };
         if depth == 0 {
-            prefetch(&**cell);
+            prefetch(&**streaming);
             prefetch(parts.out.as_slice());
             prefetch(parts.deltas.as_slice());
             self.express.iter().for_each(|express| express.prefetch(false));
-        } else if let Some(held) = cell.try_lock()
-            && let Some(streaming) = &*held
-        {
+        } else {
             streaming.prefetch(depth > 1);
             if depth == 1 {
                 parts.deltas.iter().take(1).for_each(|delta| prefetch(delta.text.as_bytes()));

@@ -18,13 +18,19 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::{
-    admit::Permit, dispatch::deadline_passed, fleet::CancelReason, keys::Call, models::Model, prepare::Shape,
-    report::Report, requests::CardGuard,
+    admit::{Permit, Ticket},
+    dispatch::deadline_passed,
+    fleet::CancelReason,
+    keys::{Call, Tenant},
+    models::Model,
+    prepare::Shape,
+    report::Report,
+    requests::CardGuard,
 };
 
 pub use crate::report::Usage;
 pub use lane::Lane;
-pub use overdue::{AnswerCell, Overdue};
+pub use overdue::{Overdue, Unread};
 pub use reading::{Delta, Reading, ScoredToken};
 
 /// What reading brought, besides deltas.
@@ -103,14 +109,24 @@ impl Streaming {
     }
 
     /// By when the answer must be there, if any of it is still to come.
-    fn deadline(&self) -> Option<Instant> {
+    pub fn deadline(&self) -> Option<Instant> {
         self.lanes.iter().map(Lane::deadline).max()
     }
 
     /// Ends an answer that nobody has read up to its deadline.
-    fn expire(mut self) {
+    pub fn expire(mut self) {
         self.holds.report.failed(&deadline_passed());
         self.give_up(CancelReason::Deadline);
+    }
+
+    /// Its room, and what it is asked by, once all of it has been read from here.
+    pub fn into_ticket(self) -> Ticket {
+        self.holds.permit.into_ticket()
+    }
+
+    /// Whose request it is.
+    pub fn tenant(&self) -> Tenant {
+        self.holds.call.tenant()
     }
 
     /// Ends an answer that met a bug.

@@ -1,8 +1,8 @@
 //! Ends answers whose time is up although nobody reads them.
 //!
-//! A streamed answer moves only while its client takes what is written, and so does its own clock: a client that holds
-//! its connection open and gives no room would keep seat, legs and ledger for ever. [`crate::http`] therefore reads an
-//! answer out of a cell that [`Overdue`], one task for all, empties some time after the request's deadline.
+//! An answer moves only while its client takes what is written, and so does its own clock: a client that holds its connection
+//! open and gives no room would keep seat, legs, ledger and memory for ever. [`Overdue`], one task for all, looks after every
+//! answer that [`crate::http`] has begun to write, and ends it some time after the request's deadline.
 
 use std::{
     sync::{Arc, Weak},
@@ -13,17 +13,18 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::Streaming;
-
 /// After the deadline, for whoever does read: an answer then ends by itself, and its reader is woken.
 const GRACE: Duration = Duration::from_secs(1);
 /// How often all of them are looked at.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// An answer on its way, until it has ended or was taken away.
-pub type AnswerCell = Arc<Mutex<Option<Streaming>>>;
+/// An answer that waits for its client to read it.
+pub trait Unread: Send + Sync {
+    /// Its time is up: it gives back all that it holds.
+    fn expire(&self);
+}
 
-/// Every streamed answer there is: as many at most as there are seats.
+/// Every answer that is being written: of streamed ones as many at most as there are seats.
 #[derive(Default)]
 pub struct Overdue {
     held: Mutex<Vec<Held>>,
@@ -31,19 +32,15 @@ pub struct Overdue {
 
 /// An answer and by when it is to be read.
 struct Held {
-    cell: Weak<Mutex<Option<Streaming>>>,
+    answer: Weak<dyn Unread>,
     by: Instant,
 }
 
 impl Overdue {
-    /// Takes charge of an answer's deadline.
-    pub fn hold(&self, streaming: Streaming) -> AnswerCell {
-        let deadline = streaming.deadline();
-        let cell = Arc::new(Mutex::new(Some(streaming)));
-        if let Some(deadline) = deadline {
-            self.held.lock().push(Held { cell: Arc::downgrade(&cell), by: deadline + GRACE });
-        }
-        cell
+    /// Takes charge of an answer that is to be read by this deadline, for as long as somebody else holds it.
+    pub fn watch<A: Unread + 'static>(&self, answer: &Arc<A>, deadline: Instant) {
+        let answer: Weak<A> = Arc::downgrade(answer);
+        self.held.lock().push(Held { answer, by: deadline + GRACE });
     }
 
     /// Runs until requests have drained.
@@ -59,19 +56,14 @@ impl Overdue {
 
     fn sweep(&self, now: Instant) {
         let mut due = Vec::new();
-        self.held.lock().retain(|held| match held.cell.upgrade() {
-            Some(cell) if held.by <= now => {
-                due.push(cell);
+        self.held.lock().retain(|held| match held.answer.upgrade() {
+            Some(answer) if held.by <= now => {
+                due.push(answer);
                 false
             }
             lives => lives.is_some(),
         });
-        for cell in due {
-            // Ended without the lock: it tells instances and gives back what it holds.
-            let unread = cell.lock().take();
-            if let Some(unread) = unread {
-                unread.expire();
-            }
-        }
+        // Ended without the lock: it tells instances and gives back what it holds.
+        due.iter().for_each(|answer| answer.expire());
     }
 }

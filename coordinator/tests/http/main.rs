@@ -19,4 +19,5 @@ mod prefix;
 mod real_text;
 mod scripted;
 mod stalls;
+mod unread;
 mod wire;
