@@ -5,7 +5,7 @@
 //! answered; tenants share it ([`budget`]). Once its model is known it takes a [`Spot`] in that model's [`Line`] and, once
 //! prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
-//! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
+//! prepared on the spot waits for a [`Turn`] at a core before ([`turns`]). All are given back by drop. Overflow policy: a full house or
 //! line is 429 at once, unless another gives way, who then is told so; as is a wait that is predicted to be too long, and a
 //! wait that becomes so is 429, too.
 
@@ -13,10 +13,7 @@ use std::{sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, Band, ErrorCode};
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
-    time::{Instant, timeout_at},
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
 use crate::{
     config::LimitsConfig,
@@ -29,35 +26,32 @@ pub mod body;
 mod budget;
 mod line;
 mod refusal;
+mod turns;
 
 pub use body::Body;
 use budget::{Budget, Held};
 pub use line::{Admission, Line, Permit, Spot, WaitTerms, Waits};
 pub use refusal::{RETRY_AFTER, Refusal};
+pub use turns::Turn;
+use turns::Turns;
 
 /// Requests in the house beyond those that the lines hold: one that may outrank who waits is read before that is known.
 const OUTRANKING_MOST: usize = 64;
-
-/// Bodies from this size on are long work.
-const LONG_WORK_BYTES: usize = 256 << 10;
 
 /// Keeps the house.
 pub struct Gate {
     /// One for each request in the house: served, waiting, or being read.
     house: Arc<Semaphore>,
-    /// One for each body that may be worked on at a time, first come first served.
-    cores: Arc<Semaphore>,
-    /// Those of them that long work may take: short work never waits for it alone.
-    for_long_work: Arc<Semaphore>,
+    /// Cores to work on bodies.
+    turns: Arc<Turns>,
+    /// Rooms of the house whose bodies are still being sent: who is slow leaves some to other tenants.
+    reading: Arc<Budget>,
     /// What bodies may take, and what is kept of prompts.
     bodies: Arc<Budget>,
     prompts: Arc<Budget>,
     max_body_bytes: usize,
     max_held_prompt_bytes: usize,
-    queue_timeout: Duration,
     refusals: Refusals,
-    /// Requests that wait for a core, among those of all models that wait.
-    waiting: [Gauge; 2],
 }
 
 impl Gate {
@@ -67,10 +61,17 @@ impl Gate {
         let most = Semaphore::MAX_PERMITS;
         let lines = line::length(limits).saturating_mul(models);
         let house = lines.saturating_add(OUTRANKING_MOST).min(most);
+        let waiting = [metrics.queued.clone(), metrics.queued_of_any_model()];
         Self {
             house: Arc::new(Semaphore::new(house)),
-            cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
-            for_long_work: Arc::new(Semaphore::new((cores / 2).clamp(1, most))),
+            turns: Turns::new(cores, limits.queue_timeout, &metrics.refusals, waiting),
+            reading: Budget::new(
+                house,
+                &Gauge::default(),
+                &metrics.refusals,
+                Refusal::House,
+                "too many requests are still being sent",
+            ),
             bodies: body::budget(limits, metrics),
             prompts: Budget::new(
                 limits.max_held_prompt_bytes,
@@ -81,9 +82,7 @@ impl Gate {
             ),
             max_body_bytes: limits.max_body_bytes,
             max_held_prompt_bytes: limits.max_held_prompt_bytes,
-            queue_timeout: limits.queue_timeout,
             refusals: metrics.refusals.clone(),
-            waiting: [metrics.queued.clone(), metrics.queued_of_any_model()],
         }
     }
 
@@ -155,7 +154,9 @@ impl Gate {
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way. Where there is none
     /// the request leaves the house.
     pub fn body(&self, ticket: Ticket, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
-        Body::new(ticket, self.bodies.part(&tenant.name), announced, self.max_body_bytes)
+        let mut reading = self.reading.part(&tenant.name);
+        reading.resize(1, 0)?;
+        Body::new(ticket, reading, self.bodies.part(&tenant.name), announced, self.max_body_bytes)
     }
 
     /// The error of a body that does not come.
@@ -163,38 +164,14 @@ impl Gate {
         Refusal::late_body(within, &self.refusals)
     }
 
-    /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
-    pub async fn turn(&self, bytes: usize) -> Result<Turn, ApiError> {
-        let by = Instant::now() + self.queue_timeout;
-        let long = match bytes >= LONG_WORK_BYTES {
-            true => Some(one_of(&self.for_long_work, by, &self.waiting, &self.refusals).await?),
-            false => None,
-        };
-        let core = one_of(&self.cores, by, &self.waiting, &self.refusals).await?;
-        Ok(Turn { _core: core, _long: long })
+    /// Waits for a turn at a core, to work on a body of so many bytes.
+    pub async fn turn(&self, bytes: usize, tenant: &Tenant) -> Result<Turn, ApiError> {
+        self.turns.turn(bytes, tenant.rank(0)).await
     }
 }
 
 fn at_once(room: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, TryAcquireError> {
     room.clone().try_acquire_owned()
-}
-
-async fn one_of(
-    places: &Arc<Semaphore>,
-    by: Instant,
-    waiting: &[Gauge; 2],
-    refusals: &Refusals,
-) -> Result<OwnedSemaphorePermit, ApiError> {
-    if let Ok(place) = at_once(places) {
-        return Ok(place);
-    }
-    let _waiting = Counted::new(waiting);
-    match timeout_at(by, places.clone().acquire_owned()).await {
-        Ok(Ok(place)) => Ok(place),
-        Ok(Err(_)) | Err(_) => {
-            Err(Refusal::Wait.refuse("the request waited too long to be served", None, refusals))
-        }
-    }
 }
 
 /// Room in the house, and for what it holds.
@@ -205,12 +182,6 @@ pub struct Ticket {
 
 /// The memory of an answer that its client has not read yet. Given back by drop.
 pub struct UnreadBytes(#[expect(dead_code, reason = "held for its drop")] Held);
-
-/// A turn at a core: a body may be worked on. Goes where the work goes, as that does not end with its client.
-pub struct Turn {
-    _core: OwnedSemaphorePermit,
-    _long: Option<OwnedSemaphorePermit>,
-}
 
 /// Counted in gauges for as long as it lives.
 struct Counted<const N: usize>([Gauge; N]);
@@ -233,6 +204,24 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
+
+    #[test]
+    fn a_tenant_whose_bodies_come_slowly_leaves_rooms_to_others() {
+        let limits = LimitsConfig { max_concurrent: 10, max_queued: 7, ..LimitsConfig::default() };
+        let metrics = Metrics::register(&mut Registry::default());
+        let gate = Gate::new(&limits, 1, 2, &metrics);
+        let of = |name: &str| Tenant { name: name.into(), ..Tenant::default() };
+        let begun = |tenant: &Tenant| {
+            let ticket = gate.enter(|| None, || true).expect("room");
+            gate.body(ticket, Some(100), tenant)
+        };
+        let mut slow: Vec<_> = std::iter::from_fn(|| begun(&of("slow")).ok()).take(100).collect();
+        assert_eq!(slow.len(), 72, "eight ninths of 81");
+        assert!((0..4).all(|_| begun(&of("other")).is_ok()));
+        // What has come is in nobody's way.
+        slow.iter_mut().for_each(Body::complete);
+        assert!(begun(&of("slow")).is_ok());
+    }
 
     #[test]
     fn keys_of_later_bands_leave_memory_for_prompts_to_earlier_ones() {
@@ -260,32 +249,5 @@ mod tests {
             assert_eq!(held(&tenant).len(), most, "{tenant:?}");
             assert_eq!(metrics.prompt_reserved.get(), 0);
         }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn long_work_leaves_a_core_to_short_work() {
-        let limits = LimitsConfig { queue_timeout: Duration::from_secs(5), ..LimitsConfig::default() };
-        let metrics = Metrics::register(&mut Registry::default());
-        let gate = Gate::new(&limits, 1, 2, &metrics);
-        let turn = |bytes| gate.turn(bytes);
-        let long = turn(LONG_WORK_BYTES).await.expect("a core");
-        let mut next_long = Box::pin(turn(LONG_WORK_BYTES));
-        assert!(futures::poll!(&mut next_long).is_pending());
-        let short = turn(4 << 10).await.expect("the other core");
-        let (mut first, mut second) = (Box::pin(turn(4 << 10)), Box::pin(turn(4 << 10)));
-        assert!(futures::poll!(&mut first).is_pending() && futures::poll!(&mut second).is_pending());
-        assert_eq!(metrics.queued.get(), 3);
-        // Who leaves the line loses nothing and takes nothing along.
-        drop(first);
-        drop(short);
-        let second = second.await.expect("the core given back");
-        assert!(futures::poll!(&mut next_long).is_pending());
-        drop(long);
-        let next_long = next_long.await.expect("the core given back");
-        assert_eq!(metrics.queued.get(), 0);
-        let Err(error) = turn(4 << 10).await else { panic!("no core was free") };
-        assert_eq!(error.code, ErrorCode::QueueFull);
-        drop((second, next_long));
-        turn(4 << 10).await.expect("a core");
     }
 }

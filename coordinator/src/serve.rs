@@ -152,12 +152,12 @@ impl Service {
             max_completion_tokens: self.limits.max_completion_tokens,
             max_choices: self.limits.max_choices,
         };
-        let (seed, tenant) = (rand::random(), tenant.clone());
+        let (seed, asking) = (rand::random(), tenant.clone());
         let (models, bytes, board) = (self.models.clone(), body.len(), self.placer.board.clone());
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
-            let spot = asked_priority(&request).and_then(|asked| model.line.enter(&tenant.rank(asked)));
+            let spot = asked_priority(&request).and_then(|asked| model.line.enter(&asking.rank(asked)));
             let prepared = spot.and_then(|spot| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
                 // Here, where there is a core for it; whoever places the prompts finds it done.
@@ -172,7 +172,7 @@ impl Service {
         if bytes <= PREPARE_INLINE_BYTES {
             return work();
         }
-        let turn = self.gate.turn(bytes).await?;
+        let turn = self.gate.turn(bytes, tenant).await?;
         let in_turn = move || {
             let addressed = work();
             drop(turn);

@@ -39,6 +39,8 @@ pub struct Body {
     most: usize,
     /// What is reserved beyond the [`FREE_BYTES`].
     held: Held,
+    /// One of the rooms whose bodies are still being sent.
+    reading: Option<Held>,
     ticket: Ticket,
 }
 
@@ -46,12 +48,13 @@ impl Body {
     /// Nothing yet, and room for what is announced; `most` bounds it if nothing is.
     pub(super) fn new(
         ticket: Ticket,
+        reading: Held,
         held: Held,
         announced: Option<usize>,
         most: usize,
     ) -> Result<Self, ApiError> {
         let (announced, most) = (announced.unwrap_or(0), announced.unwrap_or(most));
-        let mut body = Self { bytes: Vec::new(), announced, most, held, ticket };
+        let mut body = Self { bytes: Vec::new(), announced, most, held, reading: Some(reading), ticket };
         body.make_room(announced)?;
         Ok(body)
     }
@@ -71,6 +74,7 @@ impl Body {
 
     /// All of it has come: what is held from now on is what it is long.
     pub fn complete(&mut self) {
+        self.reading = None;
         self.bytes.shrink_to_fit();
         let beyond = self.bytes.capacity().saturating_sub(FREE_BYTES).min(self.held.bytes());
         // To give back is never refused.
@@ -115,7 +119,13 @@ mod tests {
 
     fn begun(held: Held, announced: Option<usize>, most: usize) -> Result<Body, ApiError> {
         let room = crate::admit::at_once(&Arc::new(Semaphore::new(1))).expect("a room");
-        Body::new(Ticket { held: None, _room: room }, held, announced, most)
+        Body::new(
+            Ticket { held: None, _room: room },
+            budget(1).0.part(&Arc::default()),
+            held,
+            announced,
+            most,
+        )
     }
 
     fn announced(budget: &Arc<Budget>, bytes: usize) -> Result<Body, ApiError> {
