@@ -229,8 +229,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let keys = Source::open(&config.api_keys, &store)?;
     let served =
         models::open(&config.models, &config.model_root, &TextCache::new(config.text.cache_bytes)).await?;
-    for Served { name, revision, .. } in &served {
-        tracing::info!(model = %name, revision, "model opened");
+    for Served { name, revision, sampling, .. } in &served {
+        tracing::info!(model = %name, revision, %sampling, "model opened");
     }
 
     let fleet = FleetWatch::start(store, FleetWatchConfig::default(), drained.clone(), &process.tasks);

@@ -1,6 +1,7 @@
 //! The coordinator's configuration: one nested struct, checked at start.
 
 mod limits;
+mod model;
 mod placement;
 
 use std::{num::NonZeroU32, path::PathBuf, time::Duration};
@@ -15,6 +16,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use limits::LimitsConfig;
+pub use model::{GenerationConfig, ModelConfig};
 pub use placement::{PlacementConfig, PolicyName};
 
 /// Beyond `limits.request_timeout`, for what is said last: a request's end, or its error.
@@ -96,19 +98,6 @@ pub struct StoreConfig {
     /// `host:port` of a controller that embeds the store. Empty = etcd is used.
     pub controller: String,
     pub etcd: EtcdSettings,
-}
-
-/// A [model](../../README.md#models) that is served: its tokenizer, chat template and limits apply to what is asked of it.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct ModelConfig {
-    /// A GGUF file or a Hugging Face directory.
-    pub path: PathBuf,
-    /// What clients may say in `model`, 1 to 256 bytes each; answers say the first. Empty = the checkpoint's own name.
-    #[schemars(length(max = MODEL_NAMES_MOST))]
-    pub names: Vec<String>,
-    /// Context to offer, in tokens, if less than the model's. 0 = the model's.
-    pub max_context_tokens: u32,
 }
 
 /// Who may send requests, by [API keys](../../README.md#api-keys). Without a file and without the store: everybody who can

@@ -1,5 +1,7 @@
 //! Why a coordinator does not start or had to stop. Failures of requests are [`baton_proto::ApiError`]s.
 
+use std::path::PathBuf;
+
 use baton_checkpoint::CheckpointError;
 use baton_process::{ListenError, ProcessError, TlsError, access::AccessError};
 use baton_registry::{EtcdOpenError, StoreError};
@@ -43,4 +45,8 @@ pub enum ModelError {
     Checkpoint(#[from] Box<CheckpointError>),
     #[error(transparent)]
     Text(#[from] TextError),
+    #[error(
+        "{path}: {field} must be {expected}, got {value}; mend the file, or have `generation_config = \"openai\"` for this model"
+    )]
+    Sampling { path: PathBuf, field: &'static str, value: f64, expected: String },
 }

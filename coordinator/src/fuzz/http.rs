@@ -24,7 +24,7 @@ use crate::{
     CoordinatorConfig, Parts, assemble,
     http::request_id,
     keys::{Source, file::KeyFile},
-    prepare::Served,
+    prepare::{SamplingDefaults, Served},
     serve::Service,
     text::{TextCache, fuzz::small_model},
 };
@@ -70,6 +70,7 @@ fn coordinator(keys: Source) -> (Arc<Service>, Router) {
         revision: "r1".into(),
         context_tokens: 2048,
         stop_tokens: vec![0],
+        sampling: SamplingDefaults::default(),
         since: 1,
         text: Arc::new(small_model("smollm", &TextCache::new(64 << 10))),
     };

@@ -26,6 +26,7 @@ fn served(cache_bytes: usize) -> Served {
         revision: "r1".into(),
         context_tokens: CONTEXT_TOKENS,
         stop_tokens: vec![0],
+        sampling: SamplingDefaults::default(),
         since: 1,
         text: Arc::new(small_model("smollm", &TextCache::new(cache_bytes))),
     }

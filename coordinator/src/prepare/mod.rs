@@ -5,6 +5,7 @@
 
 mod begun;
 mod choices;
+mod defaults;
 mod ends;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
@@ -20,6 +21,7 @@ use baton_proto::{ApiError, ErrorCode, Tokens};
 use baton_schedule::chains::Chains;
 
 pub use begun::asked_model;
+pub use defaults::SamplingDefaults;
 pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;

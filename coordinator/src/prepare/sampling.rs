@@ -3,7 +3,9 @@
 use baton_proto::{ApiError, ErrorCode};
 
 use super::{
-    Endpoint, Served, ends, invalid, logits,
+    Endpoint, Served,
+    defaults::{self, Bounds},
+    ends, invalid, logits,
     openai::{Integer, Number, Request},
 };
 
@@ -61,11 +63,14 @@ pub(super) struct TokenLimits {
     pub max_completion_tokens: u32,
 }
 
-fn within(field: &str, value: Option<Number>, default: f32, least: f64, most: f64) -> Result<f32, ApiError> {
+/// Of frequency and presence.
+const PENALTY: Bounds = -2.0..=2.0;
+
+fn within(field: &str, value: Option<Number>, default: f32, bounds: Bounds) -> Result<f32, ApiError> {
     match value.map(|number| number.0) {
         None => Ok(default),
-        Some(value) if (least..=most).contains(&value) => Ok(value as f32),
-        Some(value) => Err(invalid(field, &format!("must be {least} to {most}, got {value}"))),
+        Some(value) if bounds.contains(&value) => Ok(value as f32),
+        Some(value) => Err(invalid(field, &format!("must be {}, got {value}", defaults::said(&bounds)))),
     }
 }
 
@@ -80,25 +85,29 @@ pub(super) fn sampling(
     choices: u32,
 ) -> Result<Sampling, ApiError> {
     let vocabulary = served.text.vocabulary();
-    let top_p = within("top_p", request.top_p, 1.0, 0.0, 1.0)?;
-    let temperature = within("temperature", request.temperature, 1.0, 0.0, 2.0)?;
+    let unsaid = &served.sampling;
+    let top_p = within("top_p", request.top_p, unsaid.top_p, defaults::TOP_P)?;
+    let temperature = within("temperature", request.temperature, unsaid.temperature, defaults::TEMPERATURE)?;
     let top_k = match request.top_k {
-        None | Some(Integer(-1 | 0)) => 0,
-        Some(Integer(k)) => u32::try_from(k)
-            .map_err(|_| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
+        None => unsaid.top_k,
+        Some(Integer(k)) => defaults::top_k(k)
+            .ok_or_else(|| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
     };
-    // It divides: so small a number that the quotient overflows means nothing.
-    let repetition_penalty = within("repetition_penalty", request.repetition_penalty, 1.0, 0.01, 10.0)?;
     let max_tokens = max_tokens(endpoint, request, prompt_tokens, limits)?;
     Ok(Sampling {
         // An empty nucleus leaves the likeliest token only.
         temperature: if top_p == 0.0 { 0.0 } else { temperature },
         top_p: if top_p == 0.0 { 1.0 } else { top_p },
         top_k,
-        min_p: within("min_p", request.min_p, 0.0, 0.0, 1.0)?,
-        frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, -2.0, 2.0)?,
-        presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, -2.0, 2.0)?,
-        repetition_penalty,
+        min_p: within("min_p", request.min_p, unsaid.min_p, defaults::MIN_P)?,
+        frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, PENALTY)?,
+        presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, PENALTY)?,
+        repetition_penalty: within(
+            "repetition_penalty",
+            request.repetition_penalty,
+            unsaid.repetition_penalty,
+            defaults::REPETITION_PENALTY,
+        )?,
         seed: request.seed.map_or(seed, |seed| seed.0.cast_unsigned()),
         choices,
         max_tokens,
@@ -155,7 +164,7 @@ fn max_tokens(
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{openai::parse, tests::served},
+        super::{SamplingDefaults, openai::parse, tests::served},
         *,
     };
 
@@ -187,6 +196,28 @@ mod tests {
             top_logprobs: None,
         };
         assert_eq!(sampling, expected);
+    }
+
+    #[test]
+    fn a_models_own_defaults_apply_where_a_request_does_not_say() {
+        let unsaid = SamplingDefaults {
+            temperature: 0.6,
+            top_p: 0.95,
+            top_k: 20,
+            min_p: 0.05,
+            repetition_penalty: 1.1,
+        };
+        let served = Served { sampling: unsaid, ..served() };
+        let check = |body: &str| {
+            let request = parse(body.as_bytes()).expect(body);
+            let sampling = sampling(&served, Endpoint::Chat, &request, 10, LIMITS, 7, 1).expect(body);
+            let Sampling { temperature, top_p, top_k, min_p, repetition_penalty, .. } = sampling;
+            SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty }
+        };
+        assert_eq!(check("{}"), unsaid);
+        assert_eq!(check(r#"{"temperature": 0}"#), SamplingDefaults { temperature: 0.0, ..unsaid });
+        let all = r#"{"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}"#;
+        assert_eq!(check(all), SamplingDefaults::default());
     }
 
     #[test]

@@ -9,9 +9,10 @@ use std::{
 use baton_checkpoint::{Checkpoint, ModelRoot};
 use baton_proto::{ApiError, ErrorCode, ServedModel};
 
+use super::SamplingDefaults;
 use crate::{
     ModelError,
-    config::ModelConfig,
+    config::{GenerationConfig, ModelConfig},
     text::{ChatMessage, CheckpointText, Reader, TextCache, TextError, TextStops, Variables},
 };
 
@@ -76,6 +77,8 @@ pub struct Served {
     pub context_tokens: u32,
     /// Tokens that end a sequence.
     pub stop_tokens: Vec<u32>,
+    /// Where a request does not say.
+    pub sampling: SamplingDefaults,
     /// Unix seconds from which it is served, for `/v1/models`.
     pub since: u64,
     pub text: Arc<dyn TextModel>,
@@ -106,6 +109,10 @@ impl Served {
     /// Opens the model of a configuration, whose files have to lie under `root`. Pieces of long prompts are kept in `cache`.
     pub fn open(config: &ModelConfig, root: &ModelRoot, cache: &Arc<TextCache>) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open_under(root, &config.path).map_err(Box::new)?;
+        let sampling = match config.generation_config {
+            GenerationConfig::Checkpoint => SamplingDefaults::of(checkpoint.sampling())?,
+            GenerationConfig::Openai => SamplingDefaults::default(),
+        };
         let text = CheckpointText::open(&checkpoint, SystemTime::now, cache)?;
         let context = checkpoint.config().context_tokens;
         let context_tokens = match config.max_context_tokens {
@@ -119,6 +126,7 @@ impl Served {
             revision: checkpoint.revision().map_err(Box::new)?,
             context_tokens,
             stop_tokens: checkpoint.stop_token_ids().to_vec(),
+            sampling,
             since: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             text: Arc::new(text),
         })
@@ -184,4 +192,38 @@ fn refused(error: &TextError, field: &str) -> ApiError {
     };
     let error = ApiError::new(code, format!("{field}: {error}"));
     if code == ErrorCode::Internal { error } else { error.param(field) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn sampling_is_as_the_checkpoint_suggests_unless_openais_is_asked_for() {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../server/runtime/tests/reference/tiny/hf-bf16-mistral");
+        let folder = tempfile::tempdir().expect("a folder");
+        for file in fs::read_dir(tiny).expect("is there").map(|entry| entry.expect("is listed")) {
+            fs::copy(file.path(), folder.path().join(file.file_name())).expect("is copied");
+        }
+        let suggest = |text: &str| {
+            fs::write(folder.path().join("generation_config.json"), text).expect("is written");
+        };
+        let open = |generation_config| {
+            let path = folder.path().to_owned();
+            let config = ModelConfig { path, generation_config, ..ModelConfig::default() };
+            Served::open(&config, &ModelRoot::anywhere(), &TextCache::new(0)).map(|served| served.sampling)
+        };
+        let openai = SamplingDefaults::default();
+        suggest(r#"{"do_sample": false, "temperature": 0.5, "max_new_tokens": 7, "eos_token_id": 1}"#);
+        let suggested = SamplingDefaults { temperature: 0.5, ..openai };
+        assert_eq!(open(GenerationConfig::Checkpoint).expect("opens"), suggested);
+        assert_eq!(open(GenerationConfig::Openai).expect("opens"), openai);
+        suggest(r#"{"top_k": -5}"#);
+        let error = open(GenerationConfig::Checkpoint).expect_err("is refused").to_string();
+        assert!(error.contains("generation_config.json: top_k must be a whole number"), "{error}");
+        assert_eq!(open(GenerationConfig::Openai).expect("opens"), openai);
+    }
 }

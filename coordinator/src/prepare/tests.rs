@@ -12,6 +12,7 @@ pub(crate) fn served() -> Served {
         revision: "r1".into(),
         context_tokens: 200,
         stop_tokens: vec![0],
+        sampling: SamplingDefaults::default(),
         since: 1,
         text: Arc::new(Bytes),
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use baton_coordinator::{
-    prepare::{Served, Spelling, TextModel, TextReader},
+    prepare::{SamplingDefaults, Served, Spelling, TextModel, TextReader},
     text::{ChatMessage, TextStops, Variables},
 };
 use baton_proto::ApiError;
@@ -20,6 +20,7 @@ pub(crate) fn served() -> Served {
         revision: "r1".into(),
         context_tokens: 1000,
         stop_tokens: vec![0],
+        sampling: SamplingDefaults::default(),
         since: 1,
         text: Arc::new(Bytes),
     }

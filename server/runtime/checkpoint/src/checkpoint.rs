@@ -10,8 +10,8 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    BlockScales, CheckpointError, ModelConfig, ModelRoot, TensorView, TokenizerSource, Weight, gguf,
-    huggingface,
+    BlockScales, CheckpointError, ModelConfig, ModelRoot, SuggestedSampling, TensorView, TokenizerSource,
+    Weight, gguf, huggingface,
     parts::{Format, Parts, TensorEntry},
     source::{Extent, MappedFile},
     wanted,
@@ -146,6 +146,11 @@ impl Checkpoint {
     /// Tokens that end a generation, ascending. May be empty.
     pub fn stop_token_ids(&self) -> &[u32] {
         &self.parts.stop_token_ids
+    }
+
+    /// How its tokens are to be chosen where nobody says otherwise.
+    pub fn sampling(&self) -> &SuggestedSampling {
+        &self.parts.sampling
     }
 
     fn view<'a>(&'a self, entry: &'a TensorEntry) -> TensorView<'a> {

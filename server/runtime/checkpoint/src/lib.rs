@@ -1,6 +1,6 @@
 //! A model as it lies on disk: a GGUF file or a Hugging Face directory, mapped into memory and checked.
 //!
-//! Used by the runtime (weights), the coordinator (tokeniser, chat template) and `baton up` (name, size). Whatever the
+//! Used by the runtime (weights), the coordinator (tokeniser, chat template, sampling) and `baton up` (name, size). Whatever the
 //! format, they see the same thing: a [`ModelConfig`], tensors by their [`Weight`] role, a [`TokenizerSource`].
 //! Everything a file says is checked in [`Checkpoint::open`], so that what follows need not doubt it: bounds, tensor
 //! shapes against the configuration, supported architectures and types. Arithmetic on the weights is the runtime's,
@@ -19,6 +19,7 @@ mod mixture;
 mod parts;
 mod root;
 mod rope;
+mod sampling;
 mod source;
 mod tensor;
 mod tokenizer;
@@ -32,5 +33,6 @@ pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
 pub use parts::Format;
 pub use root::{ModelRoot, RootedFile};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
+pub use sampling::{SuggestedSampling, Suggestion};
 pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};
 pub use tokenizer::{Around, GgmlTokenizer, TokenKind, TokenizerSource};

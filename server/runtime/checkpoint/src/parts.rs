@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Dtype, ModelConfig, TokenizerSource, Weight,
+    Dtype, ModelConfig, SuggestedSampling, TokenizerSource, Weight,
     source::{Extent, MappedFile},
 };
 
@@ -46,4 +46,5 @@ pub(crate) struct Parts {
     pub(crate) bos_token: Option<String>,
     pub(crate) eos_token: Option<String>,
     pub(crate) stop_token_ids: Vec<u32>,
+    pub(crate) sampling: SuggestedSampling,
 }

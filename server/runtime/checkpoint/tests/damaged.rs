@@ -85,6 +85,51 @@ fn known_endings_count_where_nothing_says_what_ends_a_turn() {
 }
 
 #[test]
+fn what_a_model_suggests_for_sampling_is_told_as_its_file_has_it() {
+    let place = Place::new();
+    let told = |path: &Path| {
+        let checkpoint = Checkpoint::open(path).expect("opens");
+        let sampling = checkpoint.sampling().clone();
+        let all = [
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.min_p,
+            sampling.repetition_penalty,
+        ];
+        let name = sampling.path.file_name().map(|name| name.to_string_lossy().into_owned());
+        (name, all.map(|one| one.map(|one| (one.field, one.value))))
+    };
+    let directory = place.hugging_face();
+    assert_eq!(told(directory), (None, [None; 5]));
+    let write = |text: &str| fs::write(directory.join("generation_config.json"), text).expect("written");
+    // As Qwen3's, with a value that no request may have: whoever uses it says what it may be.
+    write(r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": null, "repetition_penalty": 11}"#);
+    let expected =
+        [Some(("temperature", 0.6)), None, Some(("top_k", 20.0)), None, Some(("repetition_penalty", 11.0))];
+    assert_eq!(told(directory), (Some("generation_config.json".to_owned()), expected));
+    write(r#"{"min_p": "0.1"}"#);
+    let message = refusal(directory);
+    assert!(message.contains("generation_config.json") && message.contains("min_p"), "{message}");
+    let gguf = gguf_model()
+        .f32("general.sampling.temp", 0.5)
+        .u32("general.sampling.top_k", 20)
+        .f32("general.sampling.top_p", 0.75)
+        .f32("general.sampling.min_p", 0.25)
+        .f32("general.sampling.penalty_repeat", 1.5);
+    let expected = [
+        Some(("general.sampling.temp", 0.5)),
+        Some(("general.sampling.top_p", 0.75)),
+        Some(("general.sampling.top_k", 20.0)),
+        Some(("general.sampling.min_p", 0.25)),
+        Some(("general.sampling.penalty_repeat", 1.5)),
+    ];
+    assert_eq!(told(&place.gguf(&gguf.finish())), (Some("tiny.gguf".to_owned()), expected));
+    let message = gguf_refusal(&gguf_model().text("general.sampling.temp", "warm"));
+    assert!(message.contains("general.sampling.temp"), "{message}");
+}
+
+#[test]
 fn revisions_follow_the_content() {
     let place = Place::new();
     let revision =

@@ -31,10 +31,14 @@ impl<'a> Metadata<'a> {
     }
 
     pub(crate) fn f32(&self, key: &str) -> Result<Option<f32>, Fault> {
+        Ok(self.f64(key)?.map(|number| number as f32))
+    }
+
+    pub(crate) fn f64(&self, key: &str) -> Result<Option<f64>, Fault> {
         self.read(key, "a number", |value| match *value {
-            Value::Float(x) => Some(x as f32),
-            Value::Unsigned(n) => Some(n as f32),
-            Value::Signed(n) => Some(n as f32),
+            Value::Float(x) => Some(x),
+            Value::Unsigned(n) => Some(n as f64),
+            Value::Signed(n) => Some(n as f64),
             _ => None,
         })
     }

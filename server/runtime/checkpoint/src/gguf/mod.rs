@@ -8,8 +8,9 @@ mod tensors;
 use std::path::Path;
 
 use crate::{
-    CheckpointError, ModelRoot,
+    CheckpointError, ModelRoot, SuggestedSampling,
     parts::{Format, Parts},
+    sampling,
     source::MappedFile,
 };
 
@@ -50,6 +51,7 @@ fn parse(file: &MappedFile, path: &Path) -> Result<Parts, Fault> {
         bos_token: text_of(tokenizer.bos),
         eos_token: text_of(tokenizer.eos),
         stop_token_ids: metadata.stop_token_ids(&tokenizer)?,
+        sampling: SuggestedSampling::read(path, sampling::GGUF, |key| metadata.f64(key))?,
         tokenizer: crate::TokenizerSource::Ggml(Box::new(tokenizer)),
     })
 }

@@ -47,6 +47,10 @@ impl JsonFile {
         Err(CheckpointError::Damaged { path, field: "its content".to_owned(), reason })
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The value at `field`, where `a.b` is `b` within `a`; null counts as absent.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
         let value = field.split('.').try_fold(&self.value, |value, key| value.get(key))?;
@@ -63,7 +67,11 @@ impl JsonFile {
     }
 
     pub(super) fn f32(&self, field: &str) -> Result<Option<f32>, CheckpointError> {
-        self.read(field, "a number", |value| value.as_f64().map(|x| x as f32))
+        Ok(self.f64(field)?.map(|number| number as f32))
+    }
+
+    pub(super) fn f64(&self, field: &str) -> Result<Option<f64>, CheckpointError> {
+        self.read(field, "a number", Value::as_f64)
     }
 
     pub(super) fn bool(&self, field: &str) -> Result<Option<bool>, CheckpointError> {

@@ -12,9 +12,10 @@ mod weights;
 use std::path::Path;
 
 use crate::{
-    CheckpointError, ModelRoot, TokenizerSource,
+    CheckpointError, ModelRoot, SuggestedSampling, TokenizerSource,
     parts::{Format, Parts},
     root::RootedFile,
+    sampling,
 };
 use fields::JsonFile;
 
@@ -31,7 +32,8 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
     if tied {
         tensors.remove(&crate::Weight::Output);
     }
-    let tokens = tokens::read((root, directory), &config, &tokenizer)?;
+    let generation = JsonFile::open(root, directory, "generation_config.json")?;
+    let tokens = tokens::read((root, directory), (&config, generation.as_ref()), &tokenizer)?;
     Ok(Parts {
         format: Format::HuggingFace,
         name: directory_name(directory),
@@ -46,7 +48,12 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
         bos_token: tokens.bos,
         eos_token: tokens.eos,
         stop_token_ids: tokens.stop_ids,
+        sampling: generation.as_ref().map(suggested).transpose()?.unwrap_or_default(),
     })
+}
+
+fn suggested(generation: &JsonFile) -> Result<SuggestedSampling, CheckpointError> {
+    SuggestedSampling::read(generation.path(), sampling::HUGGING_FACE, |field| generation.f64(field))
 }
 
 fn lacks(directory: &Path, file: &str) -> CheckpointError {

@@ -23,14 +23,13 @@ pub(super) struct Tokens {
 
 pub(super) fn read(
     (root, directory): (&ModelRoot, &Path),
-    config: &JsonFile,
+    (config, generation): (&JsonFile, Option<&JsonFile>),
     tokenizer: &Path,
 ) -> Result<Tokens, CheckpointError> {
-    let generation = JsonFile::open(root, directory, "generation_config.json")?;
     let settings = JsonFile::open(root, directory, "tokenizer_config.json")?;
     let added = added_tokens(root, tokenizer)?;
     let mut stop_ids = BTreeSet::new();
-    for file in generation.iter().chain([config]) {
+    for file in generation.into_iter().chain([config]) {
         stop_ids.extend(token_ids(file, "eos_token_id")?);
     }
     let name = |field: &str| settings.as_ref().and_then(|settings| token_name(settings.get(field)?));
