@@ -110,7 +110,12 @@ impl Gate {
     /// band leave a part of it to those of earlier ones.
     pub fn hold(&self, ticket: &mut Ticket, prepared: &Prepared, tenant: &Tenant) -> Result<(), ApiError> {
         // A prompt alone is never more than one may have.
-        let field = if prepared.shape.logprobs { "logprobs" } else { "echo" };
+        let echoes = || prepared.prompts.iter().any(|prompt| !prompt.echo.is_empty());
+        let field = match prepared.shape.logprobs {
+            true => "logprobs",
+            false if echoes() => "echo",
+            false => "stop",
+        };
         self.hold_bytes(ticket, prepared.held_bytes(), tenant, field)
     }
 
@@ -204,6 +209,29 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
+    use crate::prepare::{
+        Endpoint, parse, prepare,
+        tests::{LIMITS, served},
+    };
+
+    #[test]
+    fn what_takes_more_than_one_may_have_is_told_by_its_field() {
+        let limits = LimitsConfig { max_held_prompt_bytes: 1 << 10, ..LimitsConfig::default() };
+        let gate = Gate::new(&limits, 1, 2, &Metrics::register(&mut Registry::default()));
+        let stops = format!(r#""stop": {:?}"#, vec!["s".repeat(1024); 16]);
+        let cases = [
+            ("stop", format!(r#""prompt": "x", {stops}"#)),
+            ("echo", format!(r#""prompt": "x", "echo": true, {stops}"#)),
+            ("logprobs", format!(r#""prompt": "x", "logprobs": 5, {stops}"#)),
+        ];
+        for (field, body) in cases {
+            let request = parse(format!(r#"{{"model": "tiny", {body}}}"#).as_bytes()).expect("is JSON");
+            let prepared = prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken");
+            let mut ticket = gate.enter(|| None, || false).expect("room");
+            let error = gate.hold(&mut ticket, &prepared, &Tenant::default()).expect_err("too much");
+            assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some(field)));
+        }
+    }
 
     #[test]
     fn a_tenant_whose_bodies_come_slowly_leaves_rooms_to_others() {

@@ -222,7 +222,7 @@ impl Service {
             wanted: card.card().arrived + self.placer.board.ttft_target(prompt.prompt_tokens()),
             deadline: self.deadline(card),
             // A stop string is to be found before many a token is generated in vain.
-            in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
+            in_batches: !prepared.shape.stream && prepared.stops.are_none(),
         };
         let attempts = Attempts::new(self.placer.clone(), self.carry, model.clone(), assignment);
         let started = self.placer.start(booked, attempts.assignment().clone());

@@ -1,16 +1,17 @@
 //! What ends an answer before its length does: stop strings, stop tokens, and what puts them off.
 
+use std::slice;
+
 use baton_proto::ApiError;
 
 use super::{
     invalid,
     openai::{Request, Stop},
 };
-use crate::text::TextStops;
+use crate::text::{STOP_BYTES_MOST, TextStops};
 
-/// Stop strings a request may name, and the longest of them.
+/// Stop strings a request may name.
 const STRINGS_MOST: usize = 16;
-const STRING_BYTES_MOST: usize = 1024;
 /// Stop tokens a request may name.
 const TOKENS_MOST: usize = 64;
 
@@ -52,9 +53,9 @@ pub(super) fn min_tokens(request: &Request, max_tokens: u32) -> Result<u32, ApiE
 /// Checks the stop strings of a request.
 pub(super) fn text_stops(request: &Request, min_tokens: u32) -> Result<TextStops, ApiError> {
     let strings = match &request.stop {
-        None => Vec::new(),
-        Some(Stop::One(stop)) => vec![stop.clone()],
-        Some(Stop::Many(stops)) => stops.clone(),
+        None => &[],
+        Some(Stop::One(stop)) => slice::from_ref(stop),
+        Some(Stop::Many(stops)) => stops.as_slice(),
     };
     if strings.len() > STRINGS_MOST {
         let message = format!("at most {STRINGS_MOST} strings may be given, got {}", strings.len());
@@ -63,11 +64,11 @@ pub(super) fn text_stops(request: &Request, min_tokens: u32) -> Result<TextStops
     if strings.iter().any(String::is_empty) {
         return Err(invalid("stop", "must not hold an empty string"));
     }
-    if let Some(long) = strings.iter().find(|stop| stop.len() > STRING_BYTES_MOST) {
-        let message = format!("a string may have at most {STRING_BYTES_MOST} bytes, got {}", long.len());
+    if let Some(long) = strings.iter().find(|stop| stop.len() > STOP_BYTES_MOST) {
+        let message = format!("a string may have at most {STOP_BYTES_MOST} bytes, got {}", long.len());
         return Err(invalid("stop", &message));
     }
-    Ok(TextStops { strings, included: request.include_stop_str_in_output == Some(true), min_tokens })
+    Ok(TextStops::new(strings, request.include_stop_str_in_output == Some(true), min_tokens))
 }
 
 #[cfg(test)]
@@ -78,14 +79,17 @@ mod tests {
     fn stops_are_one_or_many_and_never_empty() {
         let check = |body: &str| text_stops(&parse(body.as_bytes()).expect(body), 3);
         let one = check(r#"{"stop": "a", "include_stop_str_in_output": true}"#).expect("is taken");
-        assert_eq!(one, TextStops { strings: vec!["a".into()], included: true, min_tokens: 3 });
-        assert_eq!(check(r#"{"stop": ["a", "b", "c", "d", "e"]}"#).expect("is taken").strings.len(), 5);
-        assert!(check("{}").expect("is taken").strings.is_empty());
+        assert_eq!(one, TextStops::new(&["a".to_owned()], true, 3));
+        assert_eq!(check(r#"{"stop": ["a", "b", "c", "d", "e"]}"#).expect("is taken").strings().count(), 5);
+        assert!(check("{}").expect("is taken").are_none());
         for bad in [r#"{"stop": ""}"#, r#"{"stop": ["a", ""]}"#] {
             assert_eq!(check(bad).expect_err(bad).param.as_deref(), Some("stop"));
         }
         let many = format!(r#"{{"stop": {:?}}}"#, vec!["x"; STRINGS_MOST + 1]);
         assert!(check(&many).expect_err("too many").message.contains("at most 16"));
+        let of = |bytes| check(&format!(r#"{{"stop": "{}"}}"#, "x".repeat(bytes)));
+        assert_eq!(of(1024).expect("is taken").strings().map(str::len).sum::<usize>(), 1024);
+        assert!(of(1025).expect_err("too long").message.contains("at most 1024 bytes, got 1025"));
     }
 
     #[test]

@@ -89,8 +89,8 @@ impl PreparedPrompt {
 }
 
 impl Prepared {
-    /// What is kept of its prompts until it is answered, and may be of echoes and log probabilities before they are written, in
-    /// bytes.
+    /// What is kept of its prompts and stop strings until it is answered, and may be of echoes and log probabilities before they
+    /// are written, in bytes.
     pub fn held_bytes(&self) -> usize {
         let of = |prompt: &PreparedPrompt| {
             let own = size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len();
@@ -99,7 +99,8 @@ impl Prepared {
             let echoed = echoed.saturating_mul(prompt.sampling.choices as usize);
             own.saturating_add(prompt.sampling.scored_bytes()).saturating_add(echoed)
         };
-        self.prompts.iter().map(of).fold(0, usize::saturating_add)
+        let answers = self.prompts.iter().map(|prompt| prompt.sampling.choices as usize).sum();
+        self.prompts.iter().map(of).fold(self.stops.held_bytes(answers), usize::saturating_add)
     }
 
     /// Of all prompts.

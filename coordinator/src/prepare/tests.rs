@@ -190,6 +190,20 @@ fn an_echo_is_kept_for_each_choice_and_written_from_that() {
 }
 
 #[test]
+fn stop_strings_are_held_once_and_their_matches_for_each_answer() {
+    let held = |more: &str| {
+        let body = format!(r#"{{"model": "tiny", "prompt": ["x", "y"], "max_tokens": 1{more}}}"#);
+        text(&body).expect("is taken").held_bytes()
+    };
+    let stops = format!(r#", "stop": {:?}"#, vec!["s".repeat(1024); 16]);
+    let (plain, one, four) = (held(""), held(&stops), held(&format!(r#"{stops}, "n": 4"#)));
+    // Each answer holds back as much as the longest, at most, in a string that doubles.
+    let each = 2 * 1024 + 16 * 2;
+    assert_eq!(four - one, 6 * each);
+    assert!((16 * 3 * 1024..16 * 4 * 1024).contains(&(one - plain - 2 * each)), "{} bytes", one - plain);
+}
+
+#[test]
 fn a_completion_that_names_no_length_has_16_tokens_and_a_chat_the_contexts_rest() {
     let max_tokens = |endpoint, fields: &str, limits| {
         let request = parse(format!(r#"{{"model": "tiny", {fields}}}"#).as_bytes()).expect("is JSON");

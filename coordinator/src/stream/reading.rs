@@ -213,7 +213,7 @@ mod tests {
     /// What each token brings: text, and offsets of the tokens told with it; then what the end brings.
     fn read(stop: &str, tokens: &[u32]) -> Vec<(String, Vec<(u32, u32)>)> {
         let strings = if stop.is_empty() { vec![] } else { vec![stop.to_owned()] };
-        let mut reading = reading(TextStops { strings, ..TextStops::default() });
+        let mut reading = reading(TextStops::new(&strings, false, 0));
         let mut deltas = Vec::new();
         let mut stopped = false;
         for token in tokens {

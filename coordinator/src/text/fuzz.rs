@@ -163,7 +163,7 @@ fn read(both: &Both, bytes: &[u8]) {
         strings.push(String::from_utf8_lossy(string).into_owned());
         rest = behind;
     }
-    let stops = TextStops { strings, included: flags % 2 == 1, min_tokens: u32::from(flags / 2 % 8) };
+    let stops = TextStops::new(&strings, flags % 2 == 1, u32::from(flags / 2 % 8));
     // Most of them tokens of single bytes, in their own order; the others beyond.
     let tokens: Vec<u32> =
         rest.iter().map(|&byte| if byte < 224 { byte.into() } else { u32::from(byte) + 60 }).collect();
@@ -199,10 +199,9 @@ fn naive(texts: &TokenTexts, tokens: &[u32], stops: &TextStops) -> (String, bool
     for (index, end) in ends.into_iter().enumerate() {
         let number = (index + 1).min(tokens.len()) as u32;
         for at in from + 1..=end {
-            let complete =
-                |stop: &&String| !stop.is_empty() && whole.as_bytes()[..at].ends_with(stop.as_bytes());
+            let complete = |stop: &&str| whole.as_bytes()[..at].ends_with(stop.as_bytes());
             if number > stops.min_tokens
-                && let Some(stop) = stops.strings.iter().filter(complete).max_by_key(|stop| stop.len())
+                && let Some(stop) = stops.strings().filter(complete).max_by_key(|stop| stop.len())
             {
                 return (whole[..if stops.included { at } else { at - stop.len() }].to_owned(), true);
             }

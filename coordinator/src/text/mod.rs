@@ -26,8 +26,8 @@ use baton_checkpoint::Checkpoint;
 pub use detokenize::{Detokenizer, TokenTexts};
 pub use error::{TextError, TokenizerError};
 pub use pieces::TextCache;
-pub use reader::{Reader, TextStops};
-pub use stop::StopMatcher;
+pub use reader::Reader;
+pub use stop::{STOP_BYTES_MOST, StopMatcher, TextStops};
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use template::says_what_is_written;
 pub use template::{ChatMessage, ChatTemplate, Clock, Variables};

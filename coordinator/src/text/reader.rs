@@ -1,16 +1,6 @@
 //! One answer's way from tokens to the text a client sees: detokenised, then stopped.
 
-use super::{Detokenizer, StopMatcher};
-
-/// What ends an answer's text.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TextStops {
-    pub strings: Vec<String>,
-    /// The text ends after the stop string, not before it.
-    pub included: bool,
-    /// Within this many tokens stop strings stop nothing.
-    pub min_tokens: u32,
-}
+use super::{Detokenizer, StopMatcher, TextStops};
 
 /// The state of one answer.
 #[derive(Debug, Clone)]
@@ -29,7 +19,7 @@ impl Reader {
     pub fn new(detokenizer: Detokenizer, stops: &TextStops) -> Self {
         Self {
             detokenizer,
-            stops: StopMatcher::new(&stops.strings, stops.included),
+            stops: StopMatcher::new(stops),
             min_tokens: stops.min_tokens,
             tokens: 0,
             characters: 0,
@@ -81,7 +71,7 @@ mod tests {
     use crate::text::TokenTexts;
 
     fn stops(string: &str) -> TextStops {
-        TextStops { strings: vec![string.to_owned()], ..TextStops::default() }
+        TextStops::new(&[string.to_owned()], false, 0)
     }
 
     #[test]
@@ -102,7 +92,7 @@ mod tests {
     fn stop_strings_count_only_after_min_tokens() {
         let texts = Arc::new(TokenTexts::new([b"ab".to_vec(), b"b".to_vec()]));
         for (min_tokens, expected) in [(0, ("a", true)), (1, ("ab", true)), (2, ("abb", false))] {
-            let stops = TextStops { min_tokens, ..stops("b") };
+            let stops = TextStops::new(&["b".to_owned()], false, min_tokens);
             let mut reader = Reader::new(Detokenizer::new(texts.clone()), &stops);
             let mut text = String::new();
             let stopped = reader.push(0, &mut text) || reader.push(1, &mut text);

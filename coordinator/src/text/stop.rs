@@ -4,90 +4,154 @@
 //! as long as it may be the beginning of a stop string, and no longer. The stop string that is complete first wins; of
 //! several complete at the same place, the longest. One that is complete too early (`min_tokens`) is text like any other.
 
+use std::sync::Arc;
+
+/// Most bytes of a stop string.
+pub const STOP_BYTES_MOST: usize = 1024;
+const _: () = assert!(STOP_BYTES_MOST <= u16::MAX as usize, "lengths are kept in 16 bits");
+
+/// What ends an answer's text: made once for a request, whose answers share it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TextStops {
+    /// `None`: no strings, so that nothing is shared, or counted, for an answer without.
+    patterns: Option<Arc<[Pattern]>>,
+    /// The text ends after the stop string, not before it.
+    pub included: bool,
+    /// Within this many tokens stop strings stop nothing.
+    pub min_tokens: u32,
+}
+
+impl TextStops {
+    /// Empty strings are ignored.
+    ///
+    /// # Panics
+    /// If a string has more than [`STOP_BYTES_MOST`] bytes.
+    pub fn new(strings: &[String], included: bool, min_tokens: u32) -> Self {
+        let strings = strings.iter().filter(|stop| !stop.is_empty());
+        let patterns: Arc<[Pattern]> = strings.map(|stop| Pattern::new(stop)).collect();
+        Self { patterns: (!patterns.is_empty()).then_some(patterns), included, min_tokens }
+    }
+
+    /// No string stops anything.
+    pub fn are_none(&self) -> bool {
+        self.patterns.is_none()
+    }
+
+    /// The strings that stop.
+    pub fn strings(&self) -> impl Iterator<Item = &str> {
+        self.patterns.iter().flat_map(|patterns| patterns.iter()).map(|pattern| &*pattern.text)
+    }
+
+    /// What they take for so many answers, in bytes: tables once, for each answer where it is in them and the text that is held
+    /// back, in a string that doubles.
+    pub fn held_bytes(&self, answers: usize) -> usize {
+        let Some(patterns) = &self.patterns else { return 0 };
+        let longest = patterns.iter().map(|pattern| pattern.text.len()).max().unwrap_or(0);
+        let each = patterns.len() * size_of::<u16>() + 2 * longest;
+        let tables: usize = patterns.iter().map(Pattern::held_bytes).sum();
+        tables.saturating_add(each.saturating_mul(answers))
+    }
+}
+
 /// One stop string with its Knuth-Morris-Pratt table.
-#[derive(Debug, Clone)]
+#[derive(Debug, PartialEq, Eq)]
 struct Pattern {
-    bytes: Vec<u8>,
+    text: Box<str>,
     /// For each length of a matched beginning, the length of the longest shorter beginning that also ends there.
-    fallback: Vec<usize>,
-    /// Bytes of the pattern that the text so far ends with.
-    matched: usize,
+    fallback: Box<[u16]>,
 }
 
 impl Pattern {
-    fn new(pattern: &str) -> Self {
-        let bytes = pattern.as_bytes().to_vec();
+    fn new(text: &str) -> Self {
+        assert!(text.len() <= STOP_BYTES_MOST, "a stop string of {} bytes", text.len());
+        let bytes = text.as_bytes();
         let mut fallback = vec![0; bytes.len() + 1];
-        let mut length = 0;
+        let mut length = 0_u16;
         for at in 1..bytes.len() {
-            while length > 0 && bytes[at] != bytes[length] {
-                length = fallback[length];
+            while length > 0 && bytes[at] != bytes[usize::from(length)] {
+                length = fallback[usize::from(length)];
             }
-            length += usize::from(bytes[at] == bytes[length]);
+            length += u16::from(bytes[at] == bytes[usize::from(length)]);
             fallback[at + 1] = length;
         }
-        Self { bytes, fallback, matched: 0 }
+        Self { text: text.into(), fallback: fallback.into() }
     }
 
-    /// Takes one byte of the text; true if the pattern is complete with it.
-    fn step(&mut self, byte: u8) -> bool {
-        if self.matched == self.bytes.len() {
-            // Complete before, when it did not count.
-            self.matched = self.fallback[self.matched];
+    /// Takes one byte of a text that ends with `matched` bytes of the pattern; with how many it ends then.
+    fn step(&self, mut matched: u16, byte: u8) -> u16 {
+        loop {
+            // Past its end if it was complete before, when it did not count.
+            match self.text.as_bytes().get(usize::from(matched)) {
+                Some(&next) if next == byte => return matched + 1,
+                _ if matched == 0 => return 0,
+                _ => matched = self.fallback[usize::from(matched)],
+            }
         }
-        while self.matched > 0 && self.bytes[self.matched] != byte {
-            self.matched = self.fallback[self.matched];
-        }
-        self.matched += usize::from(self.bytes[self.matched] == byte);
-        self.matched == self.bytes.len()
+    }
+
+    fn is_complete(&self, matched: u16) -> bool {
+        usize::from(matched) == self.text.len()
+    }
+
+    /// How much of its beginning a text ends with that does not end with all of it.
+    fn begun(&self, matched: u16) -> usize {
+        usize::from(if self.is_complete(matched) { self.fallback[usize::from(matched)] } else { matched })
+    }
+
+    fn held_bytes(&self) -> usize {
+        size_of::<Self>() + self.text.len() + size_of_val(&*self.fallback)
     }
 }
 
 /// The state of one answer. Constant time a byte and stop string.
 #[derive(Debug, Clone)]
 pub struct StopMatcher {
-    patterns: Vec<Pattern>,
+    patterns: Option<Arc<[Pattern]>>,
+    /// Bytes of each pattern that the text so far ends with.
+    matched: Box<[u16]>,
     /// Text that may be the beginning of a stop string.
     held: String,
-    matched: bool,
+    stopped: bool,
     /// The stop string itself is shown.
     included: bool,
 }
 
 impl StopMatcher {
-    /// Empty stop strings are ignored. `included`: the text ends after the stop string, not before it.
-    pub fn new(stops: &[String], included: bool) -> Self {
-        let patterns = stops.iter().filter(|stop| !stop.is_empty()).map(|stop| Pattern::new(stop)).collect();
-        Self { patterns, held: String::new(), matched: false, included }
+    /// At the beginning of an answer.
+    pub fn new(stops: &TextStops) -> Self {
+        let patterns = stops.patterns.clone();
+        let matched = patterns.iter().flat_map(|patterns| patterns.iter()).map(|_| 0).collect();
+        Self { patterns, matched, held: String::new(), stopped: false, included: stops.included }
     }
 
     /// Whether nothing it is given is ever held back.
     pub fn are_none(&self) -> bool {
-        self.patterns.is_empty()
+        self.patterns.is_none()
     }
 
     /// Takes more text and appends to `out` what is certain to come before any stop string. True: a stop string is
     /// complete, everything before it is in `out`, and nothing more will be appended. Unless `counts`, stop strings that
     /// are complete within `text` stop nothing.
     pub fn push(&mut self, text: &str, counts: bool, out: &mut String) -> bool {
-        if self.matched {
+        if self.stopped {
             return true;
         }
-        if self.patterns.is_empty() {
+        let Some(patterns) = &self.patterns else {
             out.push_str(text);
             return false;
-        }
+        };
         let before = self.held.len();
         self.held.push_str(text);
         for (at, byte) in text.bytes().enumerate() {
             let mut longest = 0;
-            for pattern in &mut self.patterns {
-                if pattern.step(byte) {
-                    longest = longest.max(pattern.bytes.len());
+            for (pattern, matched) in patterns.iter().zip(&mut self.matched) {
+                *matched = pattern.step(*matched, byte);
+                if pattern.is_complete(*matched) {
+                    longest = longest.max(pattern.text.len());
                 }
             }
             if longest > 0 && counts {
-                self.matched = true;
+                self.stopped = true;
                 // A stop string begins where a character does: its first byte is a character's first.
                 let end = before + at + 1;
                 out.push_str(&self.held[..if self.included { end } else { end - longest }]);
@@ -95,12 +159,8 @@ impl StopMatcher {
                 return true;
             }
         }
-        let begun = |pattern: &Pattern| match pattern.matched {
-            whole if whole == pattern.bytes.len() => pattern.fallback[whole],
-            part => part,
-        };
-        let keep = self.patterns.iter().map(begun).max().unwrap_or(0);
-        let certain = self.held.len() - keep;
+        let begun = patterns.iter().zip(&self.matched).map(|(pattern, &matched)| pattern.begun(matched));
+        let certain = self.held.len() - begun.max().unwrap_or(0);
         out.push_str(&self.held[..certain]);
         self.held.drain(..certain);
         false
@@ -119,10 +179,14 @@ mod tests {
 
     use super::*;
 
+    fn matcher_of(stop: &str, included: bool) -> StopMatcher {
+        StopMatcher::new(&TextStops::new(&[stop.to_owned()], included, 0))
+    }
+
     /// What is shown after each piece, and whether a stop string has matched by then.
     fn read(stops: &[&str], pieces: &[&str]) -> Vec<(String, bool)> {
         let stops: Vec<String> = stops.iter().map(|stop| (*stop).to_owned()).collect();
-        let mut matcher = StopMatcher::new(&stops, false);
+        let mut matcher = StopMatcher::new(&TextStops::new(&stops, false, 0));
         let push = |piece: &&str| {
             let mut out = String::new();
             let matched = matcher.push(piece, true, &mut out);
@@ -165,13 +229,13 @@ mod tests {
 
     #[test]
     fn one_that_is_complete_too_early_is_text() {
-        let mut matcher = StopMatcher::new(&["abab".to_owned()], false);
+        let mut matcher = matcher_of("abab", false);
         let mut out = String::new();
         assert!(!matcher.push("xabab", false, &mut out));
         assert_eq!(out, "xab", "the second half may begin another");
         assert!(matcher.push("abz", true, &mut out));
         assert_eq!(out, "xab");
-        let mut matcher = StopMatcher::new(&["b".to_owned()], false);
+        let mut matcher = matcher_of("b", false);
         let mut out = String::new();
         assert!(!matcher.push("ab", false, &mut out) && matcher.push("cb", true, &mut out));
         assert_eq!(out, "abc");
@@ -179,12 +243,32 @@ mod tests {
 
     #[test]
     fn an_included_one_is_the_end_of_the_text() {
-        let mut matcher = StopMatcher::new(&["END".to_owned()], true);
+        let mut matcher = matcher_of("END", true);
         let mut out = String::new();
         assert!(!matcher.push("one EN", true, &mut out));
         assert_eq!(out, "one ");
         assert!(matcher.push("D two", true, &mut out) && matcher.push("three", true, &mut out));
         assert_eq!(out, "one END");
+    }
+
+    #[test]
+    fn answers_share_the_tables_of_the_longest_stop_strings() {
+        let longest = ["ab".repeat(STOP_BYTES_MOST / 2), "b".repeat(STOP_BYTES_MOST)];
+        let stops = TextStops::new(&longest, false, 0);
+        let matchers: Vec<StopMatcher> = (0..32).map(|_| StopMatcher::new(&stops)).collect();
+        let tables = stops.patterns.as_ref().expect("there are two");
+        assert!(matchers.iter().all(|one| one.patterns.as_ref().is_some_and(|of| Arc::ptr_eq(of, tables))));
+        // Text and 16 bits a byte of it, once; all but nothing for each answer beside the text that it holds back.
+        let once = stops.held_bytes(0);
+        assert!((6 * STOP_BYTES_MOST..6 * STOP_BYTES_MOST + 100).contains(&once), "{once} bytes");
+        assert_eq!(stops.held_bytes(32) - once, 32 * (2 * STOP_BYTES_MOST + 4));
+        assert_eq!(TextStops::default().held_bytes(128), 0);
+        for (mut matcher, early) in matchers.into_iter().zip(0..) {
+            let mut shown = String::new();
+            let text = format!("{}{}", "b".repeat(early), longest[0]);
+            assert!(matcher.push(&text, true, &mut shown));
+            assert_eq!(shown, "b".repeat(early));
+        }
     }
 
     /// Where the text ends by the definition: the shortest beginning that ends with a stop string, without it.
@@ -215,7 +299,7 @@ mod tests {
             stops in prop::collection::vec(word(5), 0..4),
             pieces in prop::collection::vec(word(5), 0..12),
         ) {
-            let mut matcher = StopMatcher::new(&stops, false);
+            let mut matcher = StopMatcher::new(&TextStops::new(&stops, false, 0));
             let (mut shown, mut whole) = (String::new(), String::new());
             for piece in &pieces {
                 whole.push_str(piece);

@@ -34,7 +34,11 @@ impl TextModel for Bytes {
     }
 
     fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
-        Box::new(ByteReader { stops: stops.strings.clone(), all: String::new(), given: 0 })
+        Box::new(ByteReader {
+            stops: stops.strings().map(str::to_owned).collect(),
+            all: String::new(),
+            given: 0,
+        })
     }
 
     fn spelling(&self, token: u32) -> Spelling<'_> {
