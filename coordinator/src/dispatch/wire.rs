@@ -98,8 +98,8 @@ fn sampling(sampling: &Sampling) -> v1::Sampling {
         seed: sampling.seed,
         choices: sampling.choices,
         max_tokens: sampling.max_tokens,
-        stop_token_ids: sampling.stop_token_ids.clone(),
-        logit_bias: sampling.logit_bias.iter().map(bias).collect(),
+        stop_token_ids: sampling.stop_token_ids.to_vec(),
+        logit_bias: sampling.logit_bias.iter().flat_map(|biases| biases.iter()).map(bias).collect(),
         min_tokens: sampling.min_tokens,
         top_logprobs: sampling.top_logprobs,
     }

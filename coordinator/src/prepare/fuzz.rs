@@ -98,7 +98,8 @@ fn check(prepared: &Prepared, served: &Served) {
         let whole = u64::from(prompt.prompt_tokens()) + u64::from(sampling.max_tokens);
         assert!(whole <= CONTEXT_TOKENS.into(), "{whole} tokens");
         assert!(sampling.stop_token_ids.is_sorted() && sampling.stop_token_ids.len() <= 65);
-        assert!(sampling.logit_bias.is_sorted_by(|a, b| a.0 < b.0));
+        let biases = sampling.logit_bias.as_deref().unwrap_or_default();
+        assert!(biases.is_sorted_by(|a, b| a.0 < b.0));
         let finite = [
             sampling.temperature,
             sampling.top_p,
@@ -107,7 +108,7 @@ fn check(prepared: &Prepared, served: &Served) {
             sampling.presence_penalty,
             sampling.repetition_penalty,
         ];
-        assert!(finite.into_iter().chain(sampling.logit_bias.iter().map(|bias| bias.1)).all(f32::is_finite));
+        assert!(finite.into_iter().chain(biases.iter().map(|bias| bias.1)).all(f32::is_finite));
         answers += sampling.choices;
     }
     assert!((1..=LIMITS.max_choices).contains(&answers));

@@ -24,7 +24,7 @@ pub use begun::asked_model;
 pub use defaults::SamplingDefaults;
 pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
-use sampling::TokenLimits;
+use sampling::{Asking, TokenLimits};
 pub use served::{Served, Spelling, TextModel, TextReader};
 
 use crate::text::{ChatMessage, TextStops, Variables};
@@ -157,6 +157,7 @@ pub fn prepare(
         }
     };
     let choices = choices::choices(request, prompts.as_ref().map_or(1, Vec::len), limits.max_choices)?;
+    let asking = Asking::new(served, endpoint, request, seed, choices)?;
     let echoes = echoes(endpoint, request)?;
     let prompt = |tokens: Vec<u32>, echo: String| {
         if tokens.is_empty() {
@@ -168,7 +169,7 @@ pub fn prepare(
             context_tokens: served.context_tokens,
             max_completion_tokens: limits.max_completion_tokens,
         };
-        let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, seed, choices)?;
+        let sampling = asking.of_prompt(prompt_tokens, limits)?;
         let tokens = Tokens::from(tokens);
         let chains = Chains::new(tokens.clone());
         Ok(PreparedPrompt { tokens, chains, sampling, echo: echo.into() })

@@ -1,5 +1,7 @@
 //! How tokens are chosen, checked and with every default filled in.
 
+use std::sync::Arc;
+
 use baton_proto::{ApiError, ErrorCode};
 
 use super::{
@@ -30,12 +32,13 @@ pub struct Sampling {
     pub choices: u32,
     /// At least 1.
     pub max_tokens: u32,
-    /// All tokens that end this sequence, ascending.
-    pub stop_token_ids: Vec<u32>,
+    /// All tokens that end this sequence, ascending; shared by the prompts of a request.
+    pub stop_token_ids: Arc<[u32]>,
     /// Tokens before any of `stop_token_ids` can be chosen; within `max_tokens`.
     pub min_tokens: u32,
-    /// Added to the logits of single tokens; ascending by token, each once.
-    pub logit_bias: Vec<(u32, f32)>,
+    /// Added to the logits of single tokens; ascending by token, each once; shared by the prompts of a request. `None`: nothing
+    /// is added.
+    pub logit_bias: Option<Arc<[(u32, f32)]>>,
     /// Log probabilities are wanted, with as many of the likeliest tokens.
     pub top_logprobs: Option<u32>,
 }
@@ -74,48 +77,69 @@ fn within(field: &str, value: Option<Number>, default: f32, bounds: Bounds) -> R
     }
 }
 
-/// Checks the sampling fields of a request. `seed` is taken if the request names none.
-pub(super) fn sampling(
-    served: &Served,
+/// What a request says of sampling, of which its lists are checked: each of its prompts is given them.
+pub(super) struct Asking<'a> {
+    served: &'a Served,
     endpoint: Endpoint,
-    request: &Request,
-    prompt_tokens: u32,
-    limits: TokenLimits,
+    request: &'a Request,
     seed: u64,
     choices: u32,
-) -> Result<Sampling, ApiError> {
-    let vocabulary = served.text.vocabulary();
-    let unsaid = &served.sampling;
-    let top_p = within("top_p", request.top_p, unsaid.top_p, defaults::TOP_P)?;
-    let temperature = within("temperature", request.temperature, unsaid.temperature, defaults::TEMPERATURE)?;
-    let top_k = match request.top_k {
-        None => unsaid.top_k,
-        Some(Integer(k)) => defaults::top_k(k)
-            .ok_or_else(|| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
-    };
-    let max_tokens = max_tokens(endpoint, request, prompt_tokens, limits)?;
-    Ok(Sampling {
-        // An empty nucleus leaves the likeliest token only.
-        temperature: if top_p == 0.0 { 0.0 } else { temperature },
-        top_p: if top_p == 0.0 { 1.0 } else { top_p },
-        top_k,
-        min_p: within("min_p", request.min_p, unsaid.min_p, defaults::MIN_P)?,
-        frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, PENALTY)?,
-        presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, PENALTY)?,
-        repetition_penalty: within(
-            "repetition_penalty",
-            request.repetition_penalty,
-            unsaid.repetition_penalty,
-            defaults::REPETITION_PENALTY,
-        )?,
-        seed: request.seed.map_or(seed, |seed| seed.0.cast_unsigned()),
-        choices,
-        max_tokens,
-        stop_token_ids: ends::stop_tokens(request, &served.stop_tokens, vocabulary)?,
-        min_tokens: ends::min_tokens(request, max_tokens)?,
-        logit_bias: logits::logit_bias(request, vocabulary)?,
-        top_logprobs: logits::top_logprobs(endpoint, request)?,
-    })
+    stop_token_ids: Arc<[u32]>,
+    logit_bias: Option<Arc<[(u32, f32)]>>,
+}
+
+impl<'a> Asking<'a> {
+    /// `seed` is taken if the request names none.
+    pub(super) fn new(
+        served: &'a Served,
+        endpoint: Endpoint,
+        request: &'a Request,
+        seed: u64,
+        choices: u32,
+    ) -> Result<Self, ApiError> {
+        let vocabulary = served.text.vocabulary();
+        let stop_token_ids = ends::stop_tokens(request, &served.stop_tokens, vocabulary)?.into();
+        let biases = logits::logit_bias(request, vocabulary)?;
+        let logit_bias = (!biases.is_empty()).then(|| biases.into());
+        let seed = request.seed.map_or(seed, |seed| seed.0.cast_unsigned());
+        Ok(Self { served, endpoint, request, seed, choices, stop_token_ids, logit_bias })
+    }
+
+    /// Checks the rest, and fills in every default, for a prompt of so many tokens.
+    pub(super) fn of_prompt(&self, prompt_tokens: u32, limits: TokenLimits) -> Result<Sampling, ApiError> {
+        let (request, unsaid) = (self.request, &self.served.sampling);
+        let top_p = within("top_p", request.top_p, unsaid.top_p, defaults::TOP_P)?;
+        let temperature =
+            within("temperature", request.temperature, unsaid.temperature, defaults::TEMPERATURE)?;
+        let top_k = match request.top_k {
+            None => unsaid.top_k,
+            Some(Integer(k)) => defaults::top_k(k)
+                .ok_or_else(|| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
+        };
+        let max_tokens = max_tokens(self.endpoint, request, prompt_tokens, limits)?;
+        Ok(Sampling {
+            // An empty nucleus leaves the likeliest token only.
+            temperature: if top_p == 0.0 { 0.0 } else { temperature },
+            top_p: if top_p == 0.0 { 1.0 } else { top_p },
+            top_k,
+            min_p: within("min_p", request.min_p, unsaid.min_p, defaults::MIN_P)?,
+            frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, PENALTY)?,
+            presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, PENALTY)?,
+            repetition_penalty: within(
+                "repetition_penalty",
+                request.repetition_penalty,
+                unsaid.repetition_penalty,
+                defaults::REPETITION_PENALTY,
+            )?,
+            seed: self.seed,
+            choices: self.choices,
+            max_tokens,
+            stop_token_ids: self.stop_token_ids.clone(),
+            min_tokens: ends::min_tokens(request, max_tokens)?,
+            logit_bias: self.logit_bias.clone(),
+            top_logprobs: logits::top_logprobs(self.endpoint, request)?,
+        })
+    }
 }
 
 fn max_tokens(
@@ -173,7 +197,7 @@ mod tests {
     /// `prompt_tokens` 10, seed 7 and the stop token 0 unless the request says otherwise.
     fn check(body: &str) -> Result<Sampling, ApiError> {
         let request = parse(body.as_bytes()).expect(body);
-        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, 7, 1)
+        Asking::new(&served(), Endpoint::Chat, &request, 7, 1)?.of_prompt(10, LIMITS)
     }
 
     #[test]
@@ -190,9 +214,9 @@ mod tests {
             seed: 7,
             choices: 1,
             max_tokens: 90,
-            stop_token_ids: vec![0],
+            stop_token_ids: [0].into(),
             min_tokens: 0,
-            logit_bias: Vec::new(),
+            logit_bias: None,
             top_logprobs: None,
         };
         assert_eq!(sampling, expected);
@@ -210,7 +234,8 @@ mod tests {
         let served = Served { sampling: unsaid, ..served() };
         let check = |body: &str| {
             let request = parse(body.as_bytes()).expect(body);
-            let sampling = sampling(&served, Endpoint::Chat, &request, 10, LIMITS, 7, 1).expect(body);
+            let asking = Asking::new(&served, Endpoint::Chat, &request, 7, 1).expect(body);
+            let sampling = asking.of_prompt(10, LIMITS).expect(body);
             let Sampling { temperature, top_p, top_k, min_p, repetition_penalty, .. } = sampling;
             SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty }
         };
@@ -258,7 +283,7 @@ mod tests {
         assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
         let request = parse(br#"{"prompt": "x"}"#).expect("parses");
         let sampling = |request: &Request, prompt_tokens, limits| {
-            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, 0, 1)
+            Asking::new(&served(), Endpoint::Text, request, 0, 1)?.of_prompt(prompt_tokens, limits)
         };
         let error = sampling(&request, 100, LIMITS).expect_err("no room for an answer");
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));

@@ -49,7 +49,7 @@ fn chats_go_through_the_template() {
         prepared.shape,
         Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true, logprobs: false }
     );
-    assert_eq!(prepared.prompts[0].sampling.stop_token_ids, [0]);
+    assert_eq!(*prepared.prompts[0].sampling.stop_token_ids, [0]);
 }
 
 #[test]
@@ -187,6 +187,21 @@ fn an_echo_is_kept_for_each_choice_and_written_from_that() {
         assert_eq!(serde_json::to_string(&echoed).expect("is JSON").len(), written + 2);
         assert_eq!(held_of(one, r#", "echo": true, "n": 8"#), plain + (1 + 8 * (1 + written)) * 100, "{one}");
     }
+}
+
+#[test]
+fn the_prompts_of_a_request_and_their_attempts_share_its_lists() {
+    let lists = r#""logit_bias": {"7": 1, "3": -1}, "stop_token_ids": [9, 8]"#;
+    let prepared = text(&format!(r#"{{"model": "tiny", "prompt": ["x", "y"], {lists}}}"#)).expect("is taken");
+    let first = &prepared.prompts[0].sampling;
+    let biases = |sampling: &Sampling| sampling.logit_bias.clone().expect("there are two");
+    assert_eq!((&*biases(first), &*first.stop_token_ids), (&[(3, -1.0), (7, 1.0)][..], &[0, 8, 9][..]));
+    for other in [&prepared.prompts[1].sampling, &first.clone()] {
+        assert!(Arc::ptr_eq(&biases(first), &biases(other)));
+        assert!(Arc::ptr_eq(&first.stop_token_ids, &other.stop_token_ids));
+    }
+    let none = text(r#"{"model": "tiny", "prompt": "x", "logit_bias": {}}"#).expect("is taken");
+    assert_eq!(none.prompts[0].sampling.logit_bias, None);
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl Reading {
         let PreparedPrompt { sampling, echo, .. } = &assignment.prompt;
         Self {
             reader,
-            ends_sequence: sampling.stop_token_ids.as_slice().into(),
+            ends_sequence: (&*sampling.stop_token_ids).into(),
             shows_end,
             echo: echo.clone(),
             max_tokens: sampling.max_tokens,
