@@ -34,7 +34,7 @@ const OUTGROWN_TRIES: u32 = 3;
 /// Before a request is given to others: one instance may say that another is lost before this coordinator notices. Twice as
 /// long after each that was lost in a row.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Before one that was refused is; twice as long each time.
+/// Before one that was refused, or could not be sent, is; twice as long each time.
 const PAUSE_LEAST: Duration = Duration::from_millis(5);
 const PAUSE_MOST: Duration = Duration::from_secs(1);
 
@@ -326,6 +326,7 @@ impl Attempts {
         let Again { failure: Failure { mut error, culprit, .. }, mut pause } = again;
         // Who failed it, and then who could not be asked.
         let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
+        let mut longer = PAUSE_LEAST;
         let deadline = (Instant::now() + self.carry.patience + pause).min(assignment.deadline);
         let mut changes = placer.board.changes();
         loop {
@@ -346,7 +347,9 @@ impl Attempts {
                     if !avoid.contains(&instance) {
                         avoid.push(instance);
                     }
-                    (error, pause) = (refused, PAUSE_LEAST * 2);
+                    longer = (longer * 2).min(PAUSE_MOST);
+                    // All requests of an instance that has left come here at once.
+                    (error, pause) = (refused, longer.mul_f64(rand::random_range(0.5..1.0)));
                 }
                 Err(NotSent { error: refused, .. }) => return Err(self.unless_late(refused)),
             }

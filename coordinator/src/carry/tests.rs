@@ -107,3 +107,21 @@ async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
         assert_eq!(on(&book()), if sent { "b" } else { "a" });
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn where_nobody_can_be_sent_anything_a_request_asks_more_and_more_seldom() {
+    let Two { placer, model, assignment } = two(Attachments::default());
+    let booked = placer.book(&model.served, &assignment.prompt, &[], &[], Among::All);
+    let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
+    let mut attempts = Attempts::new(placer, CARRY, model, assignment);
+    let again = attempts.again(refused.into()).expect("a refusal");
+    let (mut replacing, mut tries, began) = (attempts.replacing(again), 0, Instant::now());
+    let counted = std::future::poll_fn(|context| {
+        tries += 1;
+        replacing.poll_unpin(context)
+    });
+    let error = counted.await.err().expect("nobody is there");
+    assert_eq!((error.code, began.elapsed().as_secs()), (ErrorCode::Unavailable, CARRY.patience.as_secs()));
+    // Eight times until it waits for a second, and then for no less than half a second.
+    assert!((10..=24).contains(&tries), "{tries} tries");
+}
