@@ -360,21 +360,28 @@ impl Generation {
             if !late && of.wait.is_none() {
                 continue;
             }
-            let (commands, why) = if late {
-                (of.machine.abort(deadline_passed()), CancelReason::Deadline)
+            // Who is to blame if it fails: nobody for its deadline.
+            let (commands, why, by) = if late {
+                (of.machine.abort(deadline_passed()), CancelReason::Deadline, None)
             } else if let Some((wait, sleep)) = &mut of.wait
                 && sleep.as_mut().poll(context).is_ready()
             {
                 let wait = *wait;
                 of.wait = None;
                 match wait {
-                    Wait::Linger => (of.machine.linger_over(), CancelReason::AnswerComplete),
-                    Wait::Decode => (of.machine.decode_silent(), CancelReason::PrefillLost),
+                    Wait::Linger => (of.machine.linger_over(), CancelReason::AnswerComplete, None),
+                    Wait::Decode => {
+                        (of.machine.decode_silent(), CancelReason::PrefillLost, Some(Side::Prefill))
+                    }
                 }
             } else {
                 continue;
             };
             if let Some(end) = self.perform(choice, commands, why) {
+                if let (Err(error), Some(side)) = (&end, by) {
+                    let failed = self.failed_by(side, error);
+                    self.failed.get_or_insert(failed);
+                }
                 self.news.push_back(Progress::of(choice, end));
             }
         }

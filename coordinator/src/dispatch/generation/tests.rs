@@ -79,6 +79,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     silent.mailbox.deliver(Side::Prefill, failed());
     assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
     assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
+    assert_eq!(silent.culprit().map(InstanceId::as_str), Some("p"), "nobody else has failed");
 
     assert_eq!(counted(), [(0, 1)], "it never got there");
 
