@@ -29,6 +29,17 @@ pub fn is_of_the_other_side(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::Cancelled | ErrorCode::NotNeeded | ErrorCode::HandoffFailed)
 }
 
+/// What the end of an attempt counts as. Codes that only a transfer brings, which ends so on one of its sides, say nothing to
+/// a client, whose doing they are not: of a pair it is a failed handoff, and whoever has no transfer breaks the contract.
+pub fn taken_for(code: ErrorCode, apart: bool) -> ErrorCode {
+    use ErrorCode::{AlreadyExists, Cancelled, HandoffFailed, Internal, NotNeeded, Unsupported};
+    match code {
+        Unsupported | AlreadyExists | Cancelled | NotNeeded if apart => HandoffFailed,
+        Unsupported | AlreadyExists | Cancelled | NotNeeded => Internal,
+        other => other,
+    }
+}
+
 /// An instance is gone. One that is well and says so means its peer.
 pub fn is_loss(code: ErrorCode) -> bool {
     code == ErrorCode::InstanceLost
@@ -60,8 +71,8 @@ mod tests {
             (ErrorCode::KvDamaged, handoff),
             (ErrorCode::InstanceLost, "loss, link after a token, may pass"),
             (ErrorCode::DeadlineExceeded, "link after a token"),
-            (ErrorCode::Cancelled, "other side"),
-            (ErrorCode::NotNeeded, "other side"),
+            (ErrorCode::Cancelled, "other side, of a transfer"),
+            (ErrorCode::NotNeeded, "other side, of a transfer"),
             (ErrorCode::Unavailable, refused),
             (ErrorCode::StaleEpoch, refused),
             (ErrorCode::QueueFull, refused),
@@ -71,8 +82,8 @@ mod tests {
             (ErrorCode::ContextLengthExceeded, ""),
             (ErrorCode::PayloadTooLarge, ""),
             (ErrorCode::NotFound, ""),
-            (ErrorCode::AlreadyExists, ""),
-            (ErrorCode::Unsupported, ""),
+            (ErrorCode::AlreadyExists, "of a transfer"),
+            (ErrorCode::Unsupported, "of a transfer"),
             (ErrorCode::MethodNotAllowed, ""),
             (ErrorCode::RequestTimeout, ""),
             (ErrorCode::InvalidApiKey, ""),
@@ -83,6 +94,7 @@ mod tests {
                 ("loss", is_loss(code)),
                 ("refusal", is_refusal(code)),
                 ("other side", is_of_the_other_side(code)),
+                ("of a transfer", taken_for(code, true) != code),
                 ("fault", is_fault(code)),
                 ("handoff", is_of_a_handoff(code)),
                 ("link", is_of_the_link(code, false)),
@@ -91,6 +103,11 @@ mod tests {
             ];
             let follows: Vec<_> = answers.iter().filter(|(_, holds)| *holds).map(|(what, _)| *what).collect();
             assert_eq!(follows.join(", "), expected, "{code:?}");
+            for (apart, taken) in [(true, ErrorCode::HandoffFailed), (false, ErrorCode::Internal)] {
+                let taken = if expected.contains("of a transfer") { taken } else { code };
+                assert_eq!(taken_for(code, apart), taken, "{code:?}");
+                assert!(taken == code || may_pass(taken));
+            }
         }
     }
 }

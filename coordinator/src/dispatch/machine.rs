@@ -111,6 +111,8 @@ enum State {
 #[derive(Debug)]
 pub struct Machine {
     max_tokens: u32,
+    /// Prefill and decode are on two instances.
+    apart: bool,
     open: Open,
     state: State,
     /// The completion so far, without gaps.
@@ -164,6 +166,7 @@ impl Machine {
     fn new(max_tokens: u32, open: Open) -> Self {
         Self {
             max_tokens,
+            apart: open == Open::Both,
             open,
             state: State::Running,
             tokens: Vec::new(),
@@ -405,7 +408,8 @@ impl Machine {
         commands
     }
 
-    fn fail(&mut self, error: ApiError) -> Vec<Command> {
+    fn fail(&mut self, mut error: ApiError) -> Vec<Command> {
+        error.code = cause::taken_for(error.code, self.apart);
         let mut commands = self.cancel_open();
         if error.code == ErrorCode::KvDamaged {
             // Decode may have told the coordinator before it told prefill, whose cache is in doubt as well.

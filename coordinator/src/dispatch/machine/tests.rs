@@ -180,8 +180,29 @@ fn a_broken_transfer_waits_for_prefills_word() {
         machine.output(Side::Prefill, out(0, &[10]));
         assert!(machine.output(Side::Decode, broken(code)).is_empty());
         let commands = machine.output(Side::Prefill, handed(0));
-        assert!(matches!(&commands[..], [Command::End(Err(error))] if error.code == code), "{commands:?}");
+        let failed = ErrorCode::HandoffFailed;
+        assert!(matches!(&commands[..], [Command::End(Err(error))] if error.code == failed), "{commands:?}");
     }
+}
+
+#[test]
+fn what_only_a_transfer_brings_is_not_the_clients_doing() {
+    use ErrorCode::{AlreadyExists, Cancelled, HandoffFailed, Internal, NotNeeded, Unsupported};
+    let ended = |mut machine: Machine, side, code| {
+        let commands = machine.output(side, Output::failed(ApiError::new(code, "layouts differ")));
+        let Some(Command::End(Err(error))) = commands.last() else { panic!("{code:?}: {commands:?}") };
+        (error.code, error.message.clone())
+    };
+    for code in [Unsupported, AlreadyExists, Cancelled, NotNeeded] {
+        let said = "layouts differ".to_owned();
+        assert_eq!(ended(Machine::apart(10), Side::Prefill, code), (HandoffFailed, said.clone()));
+        assert_eq!(ended(Machine::whole(10), Side::Whole, code), (Internal, said));
+    }
+    assert_eq!(ended(Machine::apart(10), Side::Decode, Unsupported).0, HandoffFailed);
+    assert_eq!(
+        ended(Machine::apart(10), Side::Decode, ErrorCode::InvalidArgument).0,
+        ErrorCode::InvalidArgument
+    );
 }
 
 #[test]
