@@ -10,6 +10,7 @@ use std::{sync::Arc, time::Duration};
 use baton_proto::{ApiError, ErrorCode, InstanceId};
 use baton_schedule::Among;
 use futures::{FutureExt, future::BoxFuture};
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
     models::Model,
     place::Placer,
     requests::Placing,
+    retry_budget::{Grant, Share},
 };
 
 /// How many attempts in a row may fail without a token before the failure is told.
@@ -107,6 +109,8 @@ pub struct Attempts {
     placer: Arc<Placer>,
     carry: CarryConfig,
     model: Arc<Model>,
+    /// Of the request: its other prompts and choices may fail by the same fault.
+    share: Arc<Mutex<Share>>,
     assignment: Assignment,
     /// Attempts that failed.
     failed: u32,
@@ -124,13 +128,19 @@ pub struct Attempts {
 }
 
 impl Attempts {
-    /// `assignment` has been given to a first place.
-    pub fn new(placer: Arc<Placer>, carry: CarryConfig, model: Arc<Model>, assignment: Assignment) -> Self {
-        model.retry_budget.lock().request();
+    /// `assignment` has been given to a first place. `share` is what the request has of the model's retry budget.
+    pub fn new(
+        placer: Arc<Placer>,
+        carry: CarryConfig,
+        model: Arc<Model>,
+        share: Arc<Mutex<Share>>,
+        assignment: Assignment,
+    ) -> Self {
         Self {
             placer,
             carry,
             model,
+            share,
             assignment,
             failed: 0,
             fruitless: 0,
@@ -290,11 +300,23 @@ impl Attempts {
         if self.is_late() {
             return Err(deadline_passed());
         }
-        if cause::is_fault(code) && !self.model.retry_budget.lock().take(Instant::now()) {
-            self.model.counts.not_placed_again.inc();
+        if cause::is_fault(code) && !self.is_granted(failure.lasted) {
             return Err(failure.error);
         }
         Ok(Again { failure, pause })
+    }
+
+    /// Whether the budget has one for the fault by which an attempt failed that lasted so long.
+    fn is_granted(&self, lasted: Duration) -> bool {
+        let now = Instant::now();
+        let placed = now.checked_sub(lasted).unwrap_or(now);
+        match self.share.lock().take(&mut self.model.retry_budget.lock(), placed, now) {
+            Grant::Granted => true,
+            Grant::Refused { first } => {
+                self.model.counts.not_placed_again.inc_by(first.into());
+                false
+            }
+        }
     }
 
     /// Gives it to others, as soon as an instance can take it; the error is the answer if none can within the time. A pause

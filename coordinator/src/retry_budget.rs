@@ -3,6 +3,11 @@
 //!
 //! Within any time: a fifth of the requests that came, ten for each second, and what was saved up before. What is not
 //! spent of the seconds is saved for one, of the requests up to [`SAVED_MOST`].
+//!
+//! A request may have many attempts under way, one for each of its prompts and each choice that goes alone. One fault of an
+//! instance fails all that are there: its [`Share`] takes no more than one out for them.
+
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -11,6 +16,8 @@ const SHARE: f64 = 0.2;
 const PER_SECOND: f64 = 10.0;
 /// As five hundred requests bring.
 const SAVED_MOST: f64 = 100.0;
+/// Failures that are so far apart at most may be of one fault: as long as it takes until all of a step's have been read.
+const ONE_FAULT: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -43,10 +50,42 @@ impl RetryBudget {
     }
 }
 
+/// What one request has been granted of a budget, for all of its attempts.
+#[derive(Debug, Default)]
+pub struct Share {
+    granted: Option<Instant>,
+    refused: bool,
+}
+
+/// Whether a request may be placed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grant {
+    Granted,
+    /// `first`: of the request.
+    Refused {
+        first: bool,
+    },
+}
+
+impl Share {
+    /// For an attempt that was placed at `placed` and has failed. Those that were under way when the last was granted may
+    /// have failed by the same fault; one that was placed afterwards has met another.
+    pub fn take(&mut self, budget: &mut RetryBudget, placed: Instant, now: Instant) -> Grant {
+        let same =
+            |granted: Instant| placed <= granted && now.saturating_duration_since(granted) <= ONE_FAULT;
+        if self.granted.is_some_and(same) {
+            return Grant::Granted;
+        }
+        if budget.take(now) {
+            self.granted = Some(now);
+            return Grant::Granted;
+        }
+        Grant::Refused { first: !std::mem::replace(&mut self.refused, true) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -71,6 +110,28 @@ mod tests {
         (0..250).for_each(|_| budget.request());
         now += Duration::from_secs(60);
         assert_eq!(taken(&mut budget, now), 50, "the seconds add nothing to what requests have saved");
+    }
+
+    #[test]
+    fn one_fault_takes_one_of_a_request_however_many_attempts_it_fails() {
+        let placed = Instant::now();
+        let mut budget = RetryBudget::new(placed);
+        let (mut share, fault) = (Share::default(), placed + Duration::from_millis(10));
+        for later in 0..20 {
+            let now = fault + Duration::from_millis(later * 40);
+            assert_eq!(share.take(&mut budget, placed, now), Grant::Granted);
+        }
+        assert_eq!(taken(&mut budget.clone(), fault), 9);
+        // What was placed since, or fails much later, has another.
+        let again = fault + Duration::from_millis(50);
+        assert_eq!(share.take(&mut budget, again, again), Grant::Granted);
+        assert_eq!(taken(&mut budget.clone(), again), 8);
+        let late = again + Duration::from_millis(1001);
+        taken(&mut budget, late);
+        assert_eq!(share.take(&mut budget, placed, late), Grant::Refused { first: true });
+        assert_eq!(share.take(&mut budget, placed, late), Grant::Refused { first: false });
+        // Others' are their own.
+        assert_eq!(Share::default().take(&mut budget, placed, late), Grant::Refused { first: true });
     }
 
     proptest! {

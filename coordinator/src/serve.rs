@@ -8,6 +8,7 @@ use std::sync::Arc;
 use baton_process::telemetry::TraceContext;
 use baton_proto::ApiError;
 use baton_schedule::NoPlace;
+use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -29,6 +30,7 @@ use crate::{
     },
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
+    retry_budget::Share,
     stream::{Holdings, Lane, Overdue, Reading, Streaming},
 };
 
@@ -192,8 +194,10 @@ impl Service {
     /// `bookings`: one for each prompt.
     fn dispatch(&self, mut admitted: Admitted, bookings: Vec<Booked>) -> Result<Streaming, ApiError> {
         let mut lanes = SmallVec::new();
+        admitted.model.retry_budget.lock().request();
+        let share = Arc::default();
         for (prompt, booked) in admitted.prepared.prompts.iter().zip(bookings) {
-            match self.lane(&admitted, prompt, booked) {
+            match self.lane(&admitted, &share, prompt, booked) {
                 Ok(lane) => lanes.push(lane),
                 Err(error) => {
                     admitted.holds.report.failed(&error);
@@ -209,8 +213,14 @@ impl Service {
         Ok(Streaming::new(model, prepared.shape, lanes, holds))
     }
 
-    /// Sends one prompt on its way.
-    fn lane(&self, admitted: &Admitted, prompt: &PreparedPrompt, booked: Booked) -> Result<Lane, ApiError> {
+    /// Sends one prompt on its way. `share`: the request's of the retry budget.
+    fn lane(
+        &self,
+        admitted: &Admitted,
+        share: &Arc<Mutex<Share>>,
+        prompt: &PreparedPrompt,
+        booked: Booked,
+    ) -> Result<Lane, ApiError> {
         let Admitted { tenant, model, prepared, trace, holds } = admitted;
         let card = &holds.card;
         let assignment = Assignment {
@@ -224,7 +234,8 @@ impl Service {
             // A stop string is to be found before many a token is generated in vain.
             in_batches: !prepared.shape.stream && prepared.stops.are_none(),
         };
-        let attempts = Attempts::new(self.placer.clone(), self.carry, model.clone(), assignment);
+        let attempts =
+            Attempts::new(self.placer.clone(), self.carry, model.clone(), share.clone(), assignment);
         let started = self.placer.start(booked, attempts.assignment().clone());
         let reading = |_| {
             let reader = model.served.text.reader(&prepared.stops);

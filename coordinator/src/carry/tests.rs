@@ -70,12 +70,13 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
 
-    let mut attempts = Attempts::new(placer.clone(), CARRY, model.clone(), assignment.clone());
+    let mut attempts =
+        Attempts::new(placer.clone(), CARRY, model.clone(), Arc::default(), assignment.clone());
     for _ in 0..2 * FAILURES_MOST {
         assert!(attempts.again(refused.clone().into()).is_ok(), "nothing was tried");
     }
     // Whoever comes without a word of who refused it finds out by itself.
-    let mut attempts = Attempts::new(placer, CARRY, model, assignment);
+    let mut attempts = Attempts::new(placer, CARRY, model, Arc::default(), assignment);
     let failure = Failure { culprit: None, ..refused.into() };
     let began = Instant::now();
     let again = attempts.again(failure).expect("a refusal");
@@ -113,7 +114,7 @@ async fn where_nobody_can_be_sent_anything_a_request_asks_more_and_more_seldom()
     let Two { placer, model, assignment } = two(Attachments::default());
     let booked = placer.book(&model.served, &assignment.prompt, &[], &[], Among::All);
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
-    let mut attempts = Attempts::new(placer, CARRY, model, assignment);
+    let mut attempts = Attempts::new(placer, CARRY, model, Arc::default(), assignment);
     let again = attempts.again(refused.into()).expect("a refusal");
     let (mut replacing, mut tries, began) = (attempts.replacing(again), 0, Instant::now());
     let counted = std::future::poll_fn(|context| {
@@ -124,4 +125,29 @@ async fn where_nobody_can_be_sent_anything_a_request_asks_more_and_more_seldom()
     assert_eq!((error.code, began.elapsed().as_secs()), (ErrorCode::Unavailable, CARRY.patience.as_secs()));
     // Eight times until it waits for a second, and then for no less than half a second.
     assert!((10..=24).contains(&tries), "{tries} tries");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fault_that_all_prompts_of_a_request_meet_takes_one_of_the_budget_and_its_end_is_counted_once() {
+    let Two { placer, model, assignment } = two(Attachments::default());
+    let share = Arc::default();
+    let attempts =
+        || Attempts::new(placer.clone(), CARRY, model.clone(), Arc::clone(&share), assignment.clone());
+    let mut prompts: Vec<_> = (0..20).map(|_| attempts()).collect();
+    let mut fail = |lasted| {
+        let error = ApiError::new(ErrorCode::Internal, "a batch failed");
+        let failure = Failure { error, culprit: None, begun: true, lasted };
+        prompts.iter_mut().filter_map(|attempts| attempts.again(failure.clone()).ok()).count()
+    };
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(fail(Duration::from_millis(500)), 20);
+    let mut left = 0;
+    while model.retry_budget.lock().take(Instant::now()) {
+        left += 1;
+    }
+    assert_eq!(left, 9);
+    // Others are placed, and meet the next one.
+    tokio::time::advance(Duration::from_millis(50)).await;
+    assert_eq!(fail(Duration::ZERO), 0);
+    assert_eq!(model.counts.not_placed_again.get(), 1);
 }

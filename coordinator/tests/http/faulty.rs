@@ -156,6 +156,22 @@ async fn a_fleet_that_only_fails_is_not_given_twice_the_work() {
     cluster.at_rest().await;
 }
 
+/// The budget has ten, and a second's.
+#[tokio::test]
+async fn all_prompts_of_a_request_may_fail_by_one_fault() {
+    let roles = [("bad", v1::Role::Mixed), ("good", v1::Role::Mixed)];
+    let (cluster, [bad, good]) = Cluster::start(roles, |config| config.limits.max_choices = 64).await;
+    let bad = work(bad, move |instance, leg| instance.fail(leg, ErrorCode::Internal));
+    let good = work(good, |instance, leg| instance.finish(leg, 0, "fine", FinishReason::Stop));
+    let prompts = vec!["hi"; 64];
+    let body = json!({"model": "tiny", "prompt": prompts, "max_tokens": 9});
+    let response = cluster.post("/v1/completions", body.to_string()).await.expect("ends");
+    assert_eq!(response.status(), 200, "{:?}", response.text().await);
+    let (bad, good) = (bad.load(Ordering::Relaxed), good.load(Ordering::Relaxed));
+    assert!(bad > 24 && good == 64, "{bad} failed and {good} did not");
+    cluster.at_rest().await;
+}
+
 /// What is still known of its legs of before is not taken for what it says of those that it is sent now.
 #[tokio::test]
 async fn an_instance_that_was_forgotten_and_comes_again_is_sent_new_numbers() {
