@@ -25,10 +25,12 @@ pub enum CancelReason {
     PrefillNotDispatched,
     RequestFailed,
     StopString,
+    /// The instance does not get on.
+    Stuck,
 }
 
 impl CancelReason {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::AnswerComplete,
         Self::Bug,
         Self::ClientGone,
@@ -42,6 +44,7 @@ impl CancelReason {
         Self::PrefillNotDispatched,
         Self::RequestFailed,
         Self::StopString,
+        Self::Stuck,
     ];
 
     /// As logs and metrics have it.
@@ -60,6 +63,7 @@ impl CancelReason {
             Self::PrefillNotDispatched => "prefill_not_dispatched",
             Self::RequestFailed => "request_failed",
             Self::StopString => "stop_string",
+            Self::Stuck => "stuck",
         }
     }
 }

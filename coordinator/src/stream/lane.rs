@@ -321,6 +321,12 @@ impl Lane {
             return vec![strand];
         }
         self.take_rest(generation, &open, deltas);
+        if open.iter().all(|(_, at)| self.readings[*at].finished()) {
+            if let Work::Generating(generation) = strand.work {
+                generation.give_up(CancelReason::AnswerComplete);
+            }
+            return Vec::new();
+        }
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
         let (from, has_cache) = (generation.pair().generates(), generation.has_cache());
         let leave = match begun {

@@ -245,6 +245,25 @@ async fn what_is_not_handed_on_after_all_is_computed_again_and_costs_no_attempt(
     }
 }
 
+/// All of it has come, and only the word that it is all has not: nothing of it goes elsewhere.
+#[tokio::test]
+async fn an_answer_that_is_complete_leaves_nobody() {
+    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 6, "stream": true, "stop_token_ids": [98]}));
+    let first = prefill.dispatch().await;
+    let (drained, other, taken) = either(&mut d0, &mut d1).await;
+    prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+    drained.tokens(taken.leg, 1, "b");
+    consumed(&cluster, 2).await;
+    drain(drained);
+    let cancel = drained.cancelled().await;
+    assert_eq!((cancel.leg, cancel.reason.as_str()), (taken.leg, "answer_complete"));
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert!(body.contains(r#""finish_reason":"stop""#), "{body}");
+    assert!(prefill.is_quiet() && other.is_quiet(), "it was placed again");
+    cluster.at_rest().await;
+}
+
 #[tokio::test]
 async fn of_several_choices_each_is_handed_on_by_itself() {
     let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;

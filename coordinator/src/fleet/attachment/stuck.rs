@@ -15,7 +15,7 @@ use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
 use super::{AttachTask, Attachment, Slots};
 use crate::fleet::{
-    Breakers,
+    Breakers, CancelReason,
     stall::{Stall, Verdict},
 };
 
@@ -112,17 +112,18 @@ impl Attachment {
     }
 
     /// Takes every leg from the instance, and fails it; how many there were, and the last of them.
-    fn give_up(&self) -> (usize, Option<LegId>) {
-        let mut legs = Slots::default();
+    pub(super) fn give_up(&self) -> (usize, Option<LegId>) {
+        let (mut legs, why) = (Slots::default(), CancelReason::Stuck.name());
         if let Some(up) = self.stream.lock().as_mut() {
             legs = std::mem::take(&mut up.legs);
             for leg in legs.keys() {
                 // It may wake up.
-                let (leg, reason) = (leg.0, "stuck".to_owned());
+                let (leg, reason) = (leg.0, why.to_owned());
                 up.outbound.push(Ask::Cancel(v1::Cancel { leg, reason, choice: None, damaged: false }));
             }
         }
         let (many, last) = (legs.len(), legs.keys().max().copied());
+        self.metrics.cancels.get_or_create(&crate::metrics::reason(why)).inc_by(many as u64);
         let message =
             format!("instance {} does not get on with its work; send the request again", self.instance);
         self.lose(legs, &ApiError::new(ErrorCode::InstanceLost, message));

@@ -111,3 +111,21 @@ async fn an_instance_is_told_why_a_leg_is_dropped() {
     assert!(bug.is_err());
     assert_eq!(reasons(&mut frames), ["bug"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn legs_that_are_taken_from_a_stuck_instance_are_counted_with_what_is_cancelled() {
+    let board = Board::new(Duration::from_secs(60));
+    let (attachment, mut frames) = up(&board);
+    let sent = [send(&board, &attachment), send(&board, &attachment)];
+    take_all(&mut frames);
+    assert_eq!(attachment.give_up(), (2, Some(LegId(2))));
+    let told = take_all(&mut frames);
+    let stuck = |frame: &Ask| matches!(frame, Ask::Cancel(cancel) if cancel.reason == "stuck");
+    assert!(told.len() == 2 && told.iter().all(stuck), "{told:?}");
+    let of = |why: CancelReason| {
+        attachment.metrics.cancels.get_or_create(&crate::metrics::reason(why.name())).get()
+    };
+    assert_eq!(of(CancelReason::Stuck), 2);
+    drop(sent);
+    assert_eq!(of(CancelReason::ClientGone), 0, "nothing is left to cancel");
+}
