@@ -103,6 +103,7 @@ pub struct Lane {
     readings: SmallVec<[Reading; 1]>,
     prompt_tokens: u32,
     deadline: Instant,
+    /// No more than the prompt has, whatever instances say.
     cached_tokens: u32,
     /// An attempt that did not finish has said how many they are; what a later one finds in caches is the request's own.
     cached_settled: bool,
@@ -248,7 +249,8 @@ impl Lane {
             };
             let Some(completed) = take(generation, choice, reading, delta).or(end) else { continue };
             if !self.cached_settled {
-                self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
+                let said = completed.cached_tokens.min(self.prompt_tokens);
+                self.cached_tokens = self.cached_tokens.max(said);
             }
             if reading.finished() {
                 continue;
@@ -282,6 +284,7 @@ impl Lane {
             }
         }
         if let Some(said) = generation.cached_tokens().filter(|_| !self.cached_settled) {
+            let said = said.min(self.prompt_tokens);
             (self.cached_tokens, self.cached_settled) = (said.max(self.cached_tokens), true);
         }
     }

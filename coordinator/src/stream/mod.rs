@@ -170,7 +170,7 @@ impl Streaming {
         let usage = Usage {
             prompt_tokens: self.lanes.iter().map(Lane::prompt_tokens).sum(),
             completion_tokens: self.lanes.iter().flat_map(Lane::consumed).sum(),
-            cached_tokens: self.lanes.iter().map(Lane::cached_tokens).sum(),
+            cached_tokens: self.lanes.iter().map(Lane::cached_tokens).fold(0, u32::saturating_add),
         };
         let longest = self.lanes.iter().flat_map(Lane::consumed).max().unwrap_or(0);
         self.holds.report.finished(&usage, longest);

@@ -162,6 +162,23 @@ async fn what_was_cached_is_told_of_an_answer_that_a_stop_string_ends() {
 }
 
 #[tokio::test]
+async fn no_more_is_said_to_be_cached_than_the_prompts_have() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let body = json!({"model": "tiny", "prompt": ["abc", "defg"], "max_tokens": 9});
+    let response = cluster.post("/v1/completions", body.to_string());
+    for _ in 0..2 {
+        let leg = mixed.dispatch().await.leg;
+        mixed.begin(leg, "x", u32::MAX);
+        mixed.finish(leg, 1, "y", FinishReason::Stop);
+    }
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    let usage = &answer["usage"];
+    let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert!(cached.is_some() && cached == usage["prompt_tokens"].as_u64(), "{answer}");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn ids_and_trace_context_are_passed_on() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
