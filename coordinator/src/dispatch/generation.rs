@@ -22,7 +22,8 @@ use super::{
 use crate::{
     cause,
     fleet::{
-        CancelReason, LegGuard, Mailbox, Output, StopReason, attachment::not_there, keeper::Attachments,
+        CancelReason, Expected, LegGuard, Mailbox, Output, StopReason, attachment::not_there,
+        keeper::Attachments,
     },
     handoffs::{Handoff, Handoffs},
 };
@@ -124,7 +125,12 @@ impl Generation {
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, handed_on, .. } = booking;
         let (sampling, prompt) = (&assignment.prompt.sampling, assignment.prompt.tokens.to_wire());
-        let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
+        let mailbox = Arc::new(Mailbox::new(Expected {
+            choices: sampling.choices,
+            max_tokens: sampling.max_tokens,
+            top_logprobs: sampling.top_logprobs,
+            in_batches: assignment.in_batches,
+        }));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |assignee: &Assignee, part: Part<'_>| {
             let side = part.side();
@@ -332,7 +338,7 @@ impl Generation {
 
     /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
     fn fail_flooded(&mut self, side: Side) {
-        let flood = format!("{} floods the request with disordered output", side.instance());
+        let flood = format!("{} floods the request with output that nobody asked for", side.instance());
         for choice in 0..self.choices.len() as u32 {
             let error = ApiError::new(ErrorCode::Internal, flood.clone());
             let commands = self.choices[choice as usize].machine.abort(error);

@@ -3,9 +3,10 @@
 //! Written by the attachments' tasks, read by [`crate::dispatch`]. A delivery never waits: one slow client must
 //! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
 //! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
-//! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;
-//! beyond [`DELIVERIES_MOST`] pieces that do not follow on, nothing more is taken and [`Mailbox::take`] says whose
-//! fault it is. That is no end of the leg: its instance works on until it is told to stop.
+//! costs four bytes a token (some 200 with log probabilities) and no more than twice what the request may
+//! generate. What goes beyond its last token, or comes again and again, or in more than [`DELIVERIES_MOST`]
+//! pieces that do not follow on, is a flood: nothing more is taken and [`Mailbox::take`] says whose fault it
+//! is. That is no end of the leg: its instance works on until it is told to stop.
 
 use std::{collections::VecDeque, mem, task::Waker, time::Duration};
 
@@ -28,10 +29,48 @@ const BATCH: usize = BATCH_TOKENS as usize;
 const READER_BYTES: usize = 288;
 const READER_COUNTS: usize = 16;
 
+/// What a request's legs may bring.
+#[derive(Debug, Clone, Copy)]
+pub struct Expected {
+    pub choices: u32,
+    /// Of each choice, with those that it goes on from.
+    pub max_tokens: u32,
+    /// So many of the likeliest tokens are told with each one's score; `None`: scores are not wanted.
+    pub top_logprobs: Option<u32>,
+    /// Of tokens that only go on from earlier ones, the reader is woken for many at a time.
+    pub in_batches: bool,
+}
+
+impl Expected {
+    /// Whether an output has only what the request may generate, with no more scores than tokens.
+    fn has_room_for(&self, output: &Output) -> bool {
+        let end = u64::from(output.first_position) + output.tokens.len() as u64;
+        (output.tokens.is_empty() || end <= u64::from(self.max_tokens))
+            && output.logprobs.len() <= output.tokens.len()
+    }
+
+    /// Leaves of an output's scores what was asked for.
+    fn cut(&self, output: &mut Output) {
+        let Some(most) = self.top_logprobs else {
+            output.logprobs = Vec::new();
+            return;
+        };
+        for scored in &mut output.logprobs {
+            if scored.top.len() > most as usize {
+                scored.top.truncate(most as usize);
+                scored.top.shrink_to_fit();
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     deliveries: VecDeque<(Side, Output)>,
     most: usize,
+    /// Tokens that lie here, and may.
+    tokens: usize,
+    tokens_most: usize,
     /// The leg that has filled the box, once something found no room.
     flooded: Option<Side>,
     /// Woken by what comes, from when it was last looked. Kept: whoever reads is nearly always the same.
@@ -51,7 +90,10 @@ struct Inner {
 impl Inner {
     /// Who has left the most of what lies here.
     fn fullest(&self) -> Option<Side> {
-        let of = |side: Side| self.deliveries.iter().filter(|(by, _)| *by == side).count();
+        let of = |side: Side| -> usize {
+            let own = self.deliveries.iter().filter(|(by, _)| *by == side);
+            own.map(|(_, output)| 1 + output.tokens.len()).sum()
+        };
         [Side::Whole, Side::Prefill, Side::Decode].into_iter().max_by_key(|&side| of(side))
     }
 
@@ -81,21 +123,28 @@ impl Inner {
 /// The box of one request.
 #[derive(Debug)]
 pub struct Mailbox {
+    expected: Expected,
     inner: Mutex<Inner>,
 }
 
 impl Mailbox {
-    /// For a request of so many choices. `in_batches`: of tokens that only go on from earlier ones, the reader is woken
-    /// for many at a time.
-    pub fn new(choices: u32, in_batches: bool) -> Self {
-        let most = DELIVERIES_MOST * choices.max(1) as usize;
-        let deliveries = VecDeque::new();
-        let (reader, flooded) = (None, None);
-        let (first_token, taken_up) = (None, None);
-        let batch = if in_batches { BATCH * choices.max(1) as usize } else { 1 };
-        let (told, unread) = (false, 0);
-        let inner = Inner { deliveries, most, flooded, reader, told, batch, unread, first_token, taken_up };
-        Self { inner: Mutex::new(inner) }
+    /// For a request.
+    pub fn new(expected: Expected) -> Self {
+        let choices = expected.choices.max(1) as usize;
+        let inner = Inner {
+            deliveries: VecDeque::new(),
+            most: DELIVERIES_MOST * choices,
+            tokens: 0,
+            tokens_most: choices.saturating_mul(expected.max_tokens as usize).saturating_mul(2),
+            flooded: None,
+            reader: None,
+            told: false,
+            batch: if expected.in_batches { BATCH * choices } else { 1 },
+            unread: 0,
+            first_token: None,
+            taken_up: None,
+        };
+        Self { expected, inner: Mutex::new(inner) }
     }
 
     /// From prefill's token to decode's first word, as they came in, however late they are read; if both came, in
@@ -122,21 +171,31 @@ impl Mailbox {
 
     /// Leaves what a leg brought.
     pub fn deliver(&self, side: Side, mut output: Output) {
+        if !output.logprobs.is_empty() {
+            self.expected.cut(&mut output);
+        }
         let mut inner = self.inner.lock();
+        if !self.expected.has_room_for(&output) {
+            inner.flooded = inner.flooded.or(Some(side));
+            return inner.wake();
+        }
         let first = inner.note_time(side, &output);
         inner.unread += output.tokens.len();
+        inner.tokens += output.tokens.len();
         let complete = matches!(output.end, Some(LegEnd::Complete { .. }));
         let can_wait =
             !first && output.end.is_none() && !output.tokens.is_empty() && inner.unread < inner.batch;
         let full = inner.deliveries.len() >= inner.most;
+        let repeats = inner.tokens > inner.tokens_most;
         let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
         match inner.deliveries.iter_mut().rev().find(same) {
+            // The request is lost with it, so that the other leg's last word matters no more.
+            _ if repeats => inner.flooded = inner.flooded.or(inner.fullest()),
             Some((_, last)) if follows_on(last, &output) => {
                 last.tokens.extend_from_slice(&output.tokens);
                 last.logprobs.append(&mut output.logprobs);
                 last.end = output.end;
             }
-            // The request is lost with it, so that the other leg's last word matters no more.
             _ if full => inner.flooded = inner.flooded.or(inner.fullest()),
             _ => inner.deliveries.push_back((side, output)),
         }
@@ -157,12 +216,12 @@ impl Mailbox {
     }
 
     /// Swaps what lies there into `into`, which must be empty. The first that comes after that wakes `reader`, who must take
-    /// it to hear of more. Tells the leg whose instance has sent so much out of order that something was not taken.
+    /// it to hear of more. Tells the leg whose instance has sent so much, or so disorderly, that something was not taken.
     pub fn take(&self, reader: &Waker, into: &mut VecDeque<(Side, Output)>) -> Option<Side> {
         debug_assert!(into.is_empty());
         let mut inner = self.inner.lock();
         mem::swap(&mut inner.deliveries, into);
-        (inner.unread, inner.told) = (0, false);
+        (inner.unread, inner.tokens, inner.told) = (0, 0, false);
         match &mut inner.reader {
             Some(before) => before.clone_from(reader),
             vacant => *vacant = Some(reader.clone()),
@@ -180,192 +239,4 @@ fn follows_on(last: &Output, next: &Output) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        sync::{
-            Arc,
-            atomic::{AtomicUsize, Ordering},
-        },
-        task::{Context, Poll, Wake},
-    };
-
-    use baton_proto::{ApiError, ErrorCode};
-
-    use super::*;
-    use crate::fleet::StopReason;
-
-    struct Counting(AtomicUsize);
-
-    impl Wake for Counting {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    fn output(first_position: u32, tokens: &[u32]) -> Output {
-        let (tokens, logprobs) = (tokens.into(), Vec::new());
-        Output { choice: 0, first_position, tokens, logprobs, cached_tokens: None, end: None }
-    }
-
-    fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {
-        let mut into = VecDeque::new();
-        mailbox.take(Waker::noop(), &mut into);
-        into.into()
-    }
-
-    #[test]
-    fn what_follows_on_is_merged() {
-        let mailbox = Mailbox::new(1, false);
-        assert!(take(&mailbox).is_empty());
-        mailbox.deliver(Side::Decode, output(1, &[1]));
-        for position in 2..5000 {
-            mailbox.deliver(Side::Decode, output(position, &[position]));
-        }
-        mailbox.deliver(Side::Decode, Output { end: Some(LegEnd::Cancelled), ..output(0, &[]) });
-        let got = take(&mailbox);
-        assert_eq!(got.len(), 1);
-        assert_eq!(got[0].1.tokens.to_vec(), (1..5000).collect::<Vec<_>>());
-        assert_eq!(got[0].1.end, Some(LegEnd::Cancelled));
-    }
-
-    #[test]
-    fn legs_and_gaps_stay_apart() {
-        let mailbox = Mailbox::new(1, false);
-        mailbox.deliver(Side::Decode, output(1, &[1]));
-        mailbox.deliver(Side::Prefill, output(0, &[0]));
-        mailbox.deliver(Side::Prefill, output(3, &[3]));
-        assert_eq!(take(&mailbox).len(), 3);
-    }
-
-    #[test]
-    fn choices_that_take_turns_are_merged_each_for_itself() {
-        let mailbox = Mailbox::new(3, false);
-        for position in 1..1000 {
-            for choice in 0..3 {
-                mailbox.deliver(Side::Decode, Output { choice, ..output(position, &[position + choice]) });
-            }
-        }
-        let got = take(&mailbox);
-        assert_eq!(got.len(), 3);
-        for (choice, (_, output)) in (0..).zip(got) {
-            assert_eq!((output.choice, output.tokens.len()), (choice, 999));
-            assert_eq!(output.tokens[0], 1 + choice);
-        }
-    }
-
-    #[test]
-    fn a_flood_is_bounded_and_blamed_on_who_sent_it() {
-        let mailbox = Mailbox::new(1, false);
-        for position in 0..DELIVERIES_MOST as u32 {
-            mailbox.deliver(Side::Decode, output(position * 2, &[1]));
-        }
-        assert_eq!(mailbox.inner.lock().flooded, None, "all of it was taken");
-        mailbox.deliver(Side::Prefill, output(0, &[1]));
-        for position in 0..10_000 {
-            mailbox.deliver(Side::Decode, output(position * 2, &[1]));
-        }
-        let mut got = VecDeque::new();
-        assert_eq!(mailbox.take(Waker::noop(), &mut got), Some(Side::Decode));
-        assert_eq!(got.len(), DELIVERIES_MOST);
-        assert!(got.iter().all(|(_, output)| output.end.is_none()), "its instance has ended nothing");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_handoff_is_timed_by_what_came_in_and_not_by_when_it_was_read() {
-        let pause = Duration::from_millis(7);
-        let mailbox = Mailbox::new(1, false);
-        mailbox.deliver(Side::Prefill, output(0, &[1]));
-        assert_eq!(mailbox.handoff_time(), None);
-        // That a leg has failed is no sign of a cache.
-        let lost = Output::failed(ApiError::new(ErrorCode::InstanceLost, "lost"));
-        mailbox.deliver(Side::Decode, lost);
-        assert_eq!(mailbox.handoff_time(), None);
-        tokio::time::advance(pause).await;
-        mailbox.deliver(Side::Decode, output(1, &[2]));
-        tokio::time::advance(pause).await;
-        mailbox.deliver(Side::Prefill, output(0, &[1]));
-        mailbox.deliver(Side::Decode, output(2, &[3]));
-        assert_eq!(mailbox.handoff_time(), Some(pause));
-
-        let overtaken = Mailbox::new(1, false);
-        overtaken.deliver(Side::Decode, output(1, &[2]));
-        tokio::time::advance(pause).await;
-        overtaken.deliver(Side::Prefill, output(0, &[1]));
-        assert_eq!(overtaken.handoff_time(), None);
-    }
-
-    #[test]
-    fn a_reader_of_batches_is_woken_for_what_is_news_and_for_many_tokens() {
-        let counting = Arc::new(Counting(AtomicUsize::new(0)));
-        let waker = Waker::from(counting.clone());
-        let mailbox = Mailbox::new(1, true);
-        // Whether it was woken, of each delivery.
-        let woken = |side, output| {
-            mailbox.take(&waker, &mut VecDeque::new());
-            let before = counting.0.load(Ordering::Relaxed);
-            mailbox.deliver(side, output);
-            counting.0.load(Ordering::Relaxed) > before
-        };
-        assert!(woken(Side::Prefill, output(0, &[0])));
-        assert!(woken(Side::Decode, output(1, &[1])));
-        assert!(!woken(Side::Decode, output(2, &[2])));
-        assert!(woken(Side::Decode, Output { end: Some(LegEnd::Cancelled), ..output(0, &[]) }));
-        assert!(woken(Side::Decode, output(3, &[3; BATCH])));
-
-        let many = Mailbox::new(1, true);
-        many.deliver(Side::Whole, output(0, &[0]));
-        assert_eq!(take(&many).len(), 1);
-        many.take(&waker, &mut VecDeque::new());
-        let before = counting.0.load(Ordering::Relaxed);
-        for position in 1..=BATCH as u32 {
-            assert_eq!(counting.0.load(Ordering::Relaxed), before, "{position}");
-            many.deliver(Side::Whole, output(position, &[position]));
-        }
-        assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
-
-        // Of three choices two end, and so much is waited for as of one; that prefill is done ends none.
-        let (choices, done) = (Mailbox::new(3, true), LegEnd::HandedOff { cached_tokens: 0 });
-        let complete = LegEnd::Complete { reason: StopReason::Stop, cached_tokens: 0 };
-        for end in [done, complete.clone(), complete] {
-            choices.deliver(Side::Whole, Output { end: Some(end), ..output(0, &[0]) });
-        }
-        choices.take(&waker, &mut VecDeque::new());
-        let before = counting.0.load(Ordering::Relaxed);
-        choices.deliver(Side::Whole, output(1, &[1; BATCH - 1]));
-        assert_eq!(counting.0.load(Ordering::Relaxed), before);
-        choices.deliver(Side::Whole, output(BATCH as u32, &[1]));
-        assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
-    }
-
-    #[test]
-    fn who_does_not_look_is_woken_once_and_let_go_with_the_box() {
-        let counting = Arc::new(Counting(AtomicUsize::new(0)));
-        let waker = Waker::from(counting.clone());
-        let mailbox = Mailbox::new(1, false);
-        for round in 1..3 {
-            mailbox.take(&waker, &mut VecDeque::new());
-            (0..5).for_each(|position| mailbox.deliver(Side::Whole, output(position, &[1])));
-            assert_eq!(counting.0.load(Ordering::Relaxed), round);
-        }
-        drop((mailbox, waker));
-        assert_eq!(Arc::strong_count(&counting), 1);
-    }
-
-    #[test]
-    fn the_reader_is_woken() {
-        let mailbox = Arc::new(Mailbox::new(1, false));
-        let runtime = tokio::runtime::Builder::new_multi_thread().build().expect("a runtime");
-        let reader = mailbox.clone();
-        let got = runtime.spawn(async move {
-            let mut into = VecDeque::new();
-            let take = |context: &mut Context<'_>| {
-                reader.take(context.waker(), &mut into);
-                if into.is_empty() { Poll::Pending } else { Poll::Ready(()) }
-            };
-            std::future::poll_fn(take).await;
-            into.len()
-        });
-        mailbox.deliver(Side::Whole, output(0, &[1]));
-        assert_eq!(runtime.block_on(got).expect("the reader ends"), 1);
-    }
-}
+mod tests;

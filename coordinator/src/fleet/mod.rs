@@ -22,4 +22,4 @@ pub use breakers::{Attempt, Breakers, Trials};
 pub use cancel::CancelReason;
 pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
-pub use mailbox::{BATCH_TOKENS, Mailbox};
+pub use mailbox::{BATCH_TOKENS, Expected, Mailbox};

@@ -22,7 +22,7 @@ use v1::attach_response::Frame as Answer;
 
 use crate::{
     dispatch::machine::{Command, Machine},
-    fleet::{Mailbox, attachment::standing::Stand, cache::fuzz::Listener},
+    fleet::{Expected, Mailbox, attachment::standing::Stand, cache::fuzz::Listener},
     metrics::Metrics,
 };
 
@@ -74,7 +74,9 @@ pub fn answers(bytes: &[u8]) {
     let mut caches = specs.each_ref().map(|spec| Listener::new(spec.incarnation, board.feed(&spec.id)));
     let wanted = Wanted { choices: CHOICES, ..Wanted::new(10, MAX_TOKENS, "r1") };
     let mut booking = board.book(&wanted).expect("both are ready");
-    let mailbox = Arc::new(Mailbox::new(CHOICES, bytes.first().is_some_and(|first| first & 0x40 != 0)));
+    let in_batches = bytes.first().is_some_and(|first| first & 0x40 != 0);
+    let expected = Expected { choices: CHOICES, max_tokens: MAX_TOKENS, top_logprobs: Some(20), in_batches };
+    let mailbox = Arc::new(Mailbox::new(expected));
     let guards = [Side::Prefill, Side::Decode].into_iter().zip(&mut stands).map(|(side, stand)| {
         let (credit, dispatch) = (&mut booking.credit, v1::Dispatch::default());
         stand.attachment.dispatch(side, CHOICES, &mailbox, credit, dispatch).expect("it is up")

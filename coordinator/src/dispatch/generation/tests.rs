@@ -33,7 +33,12 @@ fn generation_on(board: &Arc<Board>, deadline: Duration, handoffs: &Arc<Handoffs
         hold: Box::new(Hold { credit: booking.credit, handoff: Some(Handoff::new(handoffs, &p.id, &d.id)) }),
         computed: false,
         taken_up: false,
-        mailbox: Arc::new(Mailbox::new(1, false)),
+        mailbox: Arc::new(Mailbox::new(Expected {
+            choices: 1,
+            max_tokens: 10,
+            top_logprobs: None,
+            in_batches: false,
+        })),
         inbox: VecDeque::new(),
         news: VecDeque::new(),
         failed: None,

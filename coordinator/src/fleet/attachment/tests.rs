@@ -13,7 +13,7 @@ use baton_schedule::{
 use futures::{FutureExt, StreamExt};
 
 use super::{standing::standing, task::load_interval_millis, *};
-use crate::fleet::{outbound::Frames, stall::LOOK};
+use crate::fleet::{Expected, outbound::Frames, stall::LOOK};
 
 #[test]
 fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {
@@ -40,7 +40,8 @@ struct Sent {
 
 fn send(board: &Arc<Board>, attachment: &Arc<Attachment>) -> Sent {
     let mut booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
-    let mailbox = Arc::new(Mailbox::new(1, false));
+    let expected = Expected { choices: 1, max_tokens: 10, top_logprobs: None, in_batches: false };
+    let mailbox = Arc::new(Mailbox::new(expected));
     let dispatch = v1::Dispatch::default();
     let guard =
         attachment.dispatch(Side::Whole, 1, &mailbox, &mut booking.credit, dispatch).expect("it is up");
