@@ -252,7 +252,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     let (service, router) = assemble(&config, parts)?;
     let registration = registration(&process, &service, &ports, controllers, &tls, &drained)?;
-    process.essential.keep("registration", registration.run());
+    process.tasks.spawn(registration.run());
 
     let drain = last_requests(&config);
     let last_calls = LAST_CALLS_MOST.min((config.drain() - drain) / 2);

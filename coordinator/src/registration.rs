@@ -2,12 +2,14 @@
 //!
 //! One task, spawned by [`crate::build`]. States: looking for the leader -> calling -> registered -> pausing -> looking.
 //! Pauses grow to a bound and are jittered; the stream is left at once for a new leader. It reads what others count
-//! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: requests are served whether there is a controller or not.
+//! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: requests are served whether there is a controller or not,
+//! and so they are where a call meets a bug: that ends the call alone.
 //! During a drain it says so, and when that is over it takes its leave. What it is told of in return, how many coordinators
 //! there are, it hands on to those who share something by that ([`crate::keys`]).
 
 use std::{
     future::pending,
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -15,7 +17,7 @@ use std::{
 use baton_process::{one_line, tls::Dial};
 use baton_proto::{CoordinatorBeat, CoordinatorSpec, Incarnation, LeaderEpoch, v1};
 use baton_registry::FleetSnapshot;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
@@ -126,6 +128,8 @@ enum Broken {
     Closed,
     #[error("another controller leads")]
     Moved,
+    #[error("it met a bug, of which the log says where")]
+    Bug,
 }
 
 impl Broken {
@@ -143,6 +147,11 @@ impl Broken {
     }
 }
 
+/// A bug costs the call that it meets, and not the coordinator: without a controller traffic goes on.
+async fn survived(call: impl Future<Output = Result<(), Broken>>) -> Result<(), Broken> {
+    AssertUnwindSafe(call).catch_unwind().await.unwrap_or(Err(Broken::Bug))
+}
+
 impl Registration {
     /// Runs until `stop`.
     pub async fn run(mut self) {
@@ -155,12 +164,15 @@ impl Registration {
                 target = self.controllers.find() => target,
             };
             let began = Instant::now();
-            let Err(broken) = self.once(&target).await else { return };
+            let Err(broken) = survived(self.once(&target)).await else { return };
             calls = calls.saturating_add(1);
             if began.elapsed() > LONGEST_PAUSE || matches!(broken, Broken::Moved) {
                 (pause, calls) = (FIRST_PAUSE, 0);
             }
-            if broken.is_refusal() && calls.is_power_of_two() {
+            if matches!(broken, Broken::Bug) {
+                tracing::error!(controller = target.endpoint, %broken, "the call to the controller is made anew");
+                pause = LONGEST_PAUSE;
+            } else if broken.is_refusal() && calls.is_power_of_two() {
                 tracing::warn!(controller = target.endpoint, %broken, "this coordinator is not listed");
             } else {
                 tracing::debug!(controller = target.endpoint, %broken, "not registered with the controller");

@@ -343,3 +343,11 @@ async fn who_is_refused_asks_ever_less_often() {
     assert!(gaps[3] > FIRST_PAUSE * 4, "{gaps:?}");
     rig.ends().await;
 }
+
+#[tokio::test]
+async fn a_bug_ends_a_call_and_not_the_registration() {
+    let bug = async { panic!("as the test wants it") };
+    assert!(matches!(survived(bug).await, Err(Broken::Bug)));
+    assert!(matches!(survived(async { Err(Broken::Moved) }).await, Err(Broken::Moved)));
+    assert!(survived(async { Ok(()) }).await.is_ok());
+}
