@@ -51,6 +51,16 @@ impl State {
     fn renew(&mut self, id: &InstanceId, now: Instant) {
         self.view.renew(id, &self.fleet, &self.ledger, &self.speeds, now);
     }
+
+    fn take_load(&mut self, id: &InstanceId, load: Load, now: Instant) {
+        self.fleet.load(id, load);
+        self.ledger.reported(id, load.seen_leg);
+        self.view.reported(id, now);
+        if let Some(instance) = self.fleet.get(id) {
+            self.speeds.reported(&instance.spec, &load, now);
+        }
+        self.renew(id, now);
+    }
 }
 
 /// What placement is decided from.
@@ -137,10 +147,19 @@ impl Board {
         changes
     }
 
+    /// The stream to an instance stands, and it has not told its load: it is taken to have nothing to do.
     pub fn up(&self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
         let state = &mut *self.state.lock();
         state.fleet.up(id, incarnation, duty);
         state.renew(id, Instant::now());
+        self.tell();
+    }
+
+    /// The stream to an instance stands, and this is its load: whoever waited finds it as busy as it is.
+    pub fn up_with(&self, id: &InstanceId, incarnation: Incarnation, duty: Duty, load: Load) {
+        let state = &mut *self.state.lock();
+        state.fleet.up(id, incarnation, duty);
+        state.take_load(id, load, Instant::now());
         self.tell();
     }
 
@@ -177,14 +196,7 @@ impl Board {
     }
 
     pub fn load(&self, id: &InstanceId, load: Load) {
-        let (state, now) = (&mut *self.state.lock(), Instant::now());
-        state.fleet.load(id, load);
-        state.ledger.reported(id, load.seen_leg);
-        state.view.reported(id, now);
-        if let Some(instance) = state.fleet.get(id) {
-            state.speeds.reported(&instance.spec, &load, now);
-        }
-        state.renew(id, now);
+        self.state.lock().take_load(id, load, Instant::now());
         self.freed.notify_waiters();
     }
 

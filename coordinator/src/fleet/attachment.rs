@@ -1,6 +1,6 @@
 //! One Attach stream to one instance: the handle through which requests use it, and the [`task`] that keeps it up.
 //!
-//! Started and stopped by [`crate::fleet::keeper`]. States: *down* -> connecting -> *up* (Welcome has come) -> down, with
+//! Started and stopped by [`crate::fleet::keeper`]. States: *down* -> connecting -> *up* (Welcome has come, and a load) -> down, with
 //! a growing pause between attempts. While it is up, legs are dispatched over it and every message of the instance is
 //! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
 //! `instance_lost`; the instance cancels them on its side.

@@ -192,6 +192,36 @@ async fn a_busy_instance_is_waited_for_and_the_receipt_says_how_long() {
     cluster.at_rest().await;
 }
 
+/// Waiters are woken by it as it comes, and would take it for idle.
+#[tokio::test]
+async fn an_instance_that_comes_back_is_given_nothing_before_it_has_told_its_load() {
+    let (cluster, mut mixed) = cluster(8, |config| {
+        config.placement.room = Duration::from_secs(1);
+        config.limits.placement_timeout = PATIENCE;
+    })
+    .await;
+    for tells in [true, false] {
+        mixed.kill().await;
+        until("it is known", || !cluster.can_serve()).await;
+        let sent = queue(&cluster, "", "waits", json!({}), 1).await;
+        mixed.restart_silent().await;
+        mixed.greeting().await;
+        if tells {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            for tokens in [1 << 20, 0] {
+                assert!(mixed.is_quiet() && !sent.is_finished(), "it was given something");
+                let load = v1::InstanceLoad { queued_prefill_tokens: tokens, ..Default::default() };
+                mixed.say(Answer::Load(load));
+                until("it is there", || cluster.can_serve()).await;
+            }
+        }
+        // If it tells nothing that is not waited for for ever.
+        assert_eq!(serve(&mut mixed).await, "waits");
+        assert_eq!(ends(sent).await.status(), 200);
+    }
+    cluster.at_rest().await;
+}
+
 #[tokio::test]
 async fn a_full_line_says_when_it_will_have_drained() {
     const TAKES: Duration = Duration::from_millis(250);

@@ -56,6 +56,8 @@ struct Script {
     id: String,
     incarnation: u64,
     role: v1::RoleChange,
+    /// What it tells of its load at first, if anything.
+    load: Option<v1::InstanceLoad>,
     outgoing: Outgoing,
     incoming: mpsc::Sender<Ask>,
     greeted: mpsc::Sender<v1::attach_request::Hello>,
@@ -81,6 +83,10 @@ impl v1::inference_server::Inference for Script {
         };
         let welcome = v1::AttachResponse { frame: Some(Answer::Welcome(welcome)) };
         sender.try_send(Ok(welcome)).expect("room for the first message");
+        if let Some(load) = self.load {
+            let load = v1::AttachResponse { frame: Some(Answer::Load(load)) };
+            sender.try_send(Ok(load)).expect("room for the second message");
+        }
         self.outgoing.lock().insert(hello.coordinator_id.clone(), sender);
         // Only one test reads them, and not those of many attempts to connect.
         let _ = self.greeted.try_send(hello);
@@ -110,7 +116,13 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    async fn start(id: &str, role: v1::Role, at: Option<SocketAddr>, incarnation: u64) -> Self {
+    async fn start(
+        id: &str,
+        role: v1::Role,
+        at: Option<SocketAddr>,
+        incarnation: u64,
+        load: Option<v1::InstanceLoad>,
+    ) -> Self {
         let at = at.unwrap_or_else(|| "127.0.0.1:0".parse().expect("an address"));
         let listener = TcpListener::bind(at).await.expect("a free port");
         let address = listener.local_addr().expect("is bound");
@@ -122,6 +134,7 @@ impl Instance {
             id: id.into(),
             incarnation,
             role: change,
+            load,
             outgoing: outgoing.clone(),
             incoming: sender,
             greeted: greets,
@@ -301,7 +314,13 @@ impl Instance {
 
     /// Starts another process of it, where it was.
     pub(crate) async fn restart_as(&mut self, incarnation: u64) {
-        *self = Self::start(self.id.as_str(), self.role, Some(self.address), incarnation).await;
+        let load = Some(v1::InstanceLoad::default());
+        *self = Self::start(self.id.as_str(), self.role, Some(self.address), incarnation, load).await;
+    }
+
+    /// Starts it again where it was; what it tells of its load the test says.
+    pub(crate) async fn restart_silent(&mut self) {
+        *self = Self::start(self.id.as_str(), self.role, Some(self.address), 1, None).await;
     }
 }
 
@@ -342,7 +361,7 @@ impl Cluster {
         let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &TaskTracker::new());
         let mut instances = Vec::new();
         for (id, role, model) in roles {
-            let instance = Instance::start(id, role, None, 1).await;
+            let instance = Instance::start(id, role, None, 1, Some(v1::InstanceLoad::default())).await;
             let spec = instance.spec(&served[model]);
             let put = Txn::new().put(
                 keys::instance(&instance.id),

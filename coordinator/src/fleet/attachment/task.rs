@@ -42,6 +42,8 @@ const WORK_BETWEEN_TURNS: usize = 64;
 /// How long what an instance has cached is remembered when the stream to it has broken: longer than a busy one keeps the
 /// changes that would be missed.
 const MEMORY_KEPT: Duration = Duration::from_secs(60);
+/// How long an instance that has said welcome may take to tell its load, as it is to at first: it is placed on by that.
+const FIRST_LOAD_WITHIN: Duration = Duration::from_secs(2);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -56,8 +58,29 @@ struct Attached {
     /// Who answered, and where.
     target: Target,
     channel: Channel,
+    /// What it said of its load at first.
+    load: Option<v1::InstanceLoad>,
     /// Reads what the instance has cached, for as long.
     cache: AbortOnDropHandle<()>,
+}
+
+/// Waits for the load of an instance that has said welcome; `None`: it does not tell it in time. `role` is renewed if that
+/// changes meanwhile.
+async fn first_load(
+    inbound: &mut Streaming<v1::AttachResponse>,
+    role: &mut v1::RoleChange,
+) -> Result<Option<v1::InstanceLoad>, BreakReason> {
+    let told = async {
+        loop {
+            let message = inbound.message().await.map_err(Box::new)?.ok_or(BreakReason::Ended)?;
+            match message.frame {
+                Some(Answer::Load(load)) => return Ok(Some(load)),
+                Some(Answer::Role(change)) if change.epoch >= role.epoch => *role = change,
+                _ => {}
+            }
+        }
+    };
+    timeout(FIRST_LOAD_WITHIN, told).await.unwrap_or(Ok(None))
 }
 
 /// A bug that one message meets costs its stream, and not the instance until the coordinator is started again.
@@ -153,27 +176,32 @@ impl AttachTask {
             Ok::<_, BreakReason>((inbound, first))
         };
         let greeted = timeout(self.config.connect_timeout, greeted).await;
-        let (inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
+        let (mut inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
         let expected = self.attachment.instance.clone();
-        let (incarnation, duty) = match first.and_then(|first| first.frame) {
+        let (incarnation, mut role) = match first.and_then(|first| first.frame) {
             Some(Answer::Welcome(v1::attach_response::Welcome { instance_id, incarnation, role }))
                 if instance_id == expected.as_str() =>
             {
-                (Incarnation(incarnation), Duty::from(&role.unwrap_or_default()))
+                (Incarnation(incarnation), role.unwrap_or_default())
             }
             other => {
                 let got = format!("{other:.80?}");
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
+        let load = first_load(&mut inbound, &mut role).await?;
         // Before it is placed on: what another process had is not its.
         self.forget_others(incarnation);
-        self.attachment.drains.store(false, Ordering::Relaxed);
+        let (instance, duty) = (&self.attachment.instance, Duty::from(&role));
+        self.attachment.drains.store(role.phase() == v1::Phase::Draining, Ordering::Relaxed);
         *self.attachment.stream.lock() = Some(Up { outbound, legs: Slots::default() });
-        self.board.up(&self.attachment.instance, incarnation, duty);
-        tracing::info!(instance = %self.attachment.instance, endpoint = %target.endpoint, ?duty, "stream is up");
+        match &load {
+            Some(load) => self.board.up_with(instance, incarnation, duty, load.into()),
+            None => self.board.up(instance, incarnation, duty),
+        }
+        tracing::info!(%instance, endpoint = %target.endpoint, ?duty, "stream is up");
         let cache = self.read_cache(incarnation, channel.clone());
-        Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
+        Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, load, cache })
     }
 
     /// What is remembered of another process, or of another model, counts no more.
@@ -200,8 +228,9 @@ impl AttachTask {
     }
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
-        let Attached { mut inbound, mut target, channel, mut cache } = attached;
+        let Attached { mut inbound, mut target, channel, load, mut cache } = attached;
         let mut pulse = Pulse::new(self, channel.clone());
+        load.into_iter().for_each(|load| pulse.heard(&Answer::Load(load)));
         let mut look = interval(LOOK);
         let mut work = 0;
         loop {
