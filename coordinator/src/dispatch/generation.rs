@@ -22,7 +22,7 @@ use super::{
 use crate::{
     cause,
     fleet::{
-        CancelReason, Expected, LegGuard, Mailbox, Output, StopReason, attachment::not_there,
+        CancelReason, Expected, LegEnd, LegGuard, Mailbox, Output, StopReason, attachment::not_there,
         keeper::Attachments,
     },
     handoffs::{Handoff, Handoffs},
@@ -99,6 +99,8 @@ pub struct Generation {
     news: VecDeque<Progress>,
     /// The leg whose fault it was that it failed.
     failed: Option<Side>,
+    /// Legs whose instances were lost to this coordinator, by its own word and not by theirs.
+    lost: SmallVec<[Side; 2]>,
     /// Legs that have brought a token, and how many of them have been told.
     served: SmallVec<[Side; 2]>,
     served_told: usize,
@@ -178,6 +180,7 @@ impl Generation {
             inbox: VecDeque::new(),
             news: VecDeque::new(),
             failed: None,
+            lost: SmallVec::new(),
             served: SmallVec::new(),
             served_told: 0,
             placed: Instant::now(),
@@ -288,6 +291,9 @@ impl Generation {
                 self.served.push(side);
                 self.leaving = None;
             }
+            if matches!(output.end, Some(LegEnd::Lost(_))) && !self.lost.contains(&side) {
+                self.lost.push(side);
+            }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();
             let commands = of.machine.output(side, output);
@@ -349,12 +355,13 @@ impl Generation {
         }
     }
 
-    /// Whose fault an error is that a leg ended with.
-    fn failed_by(&mut self, side: Side, error: &ApiError) -> Side {
-        let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_well);
+    /// Whose fault an error is that a leg ended with: an instance that reports a loss means its peer, however it is itself
+    /// when that is read.
+    fn failed_by(&self, side: Side, error: &ApiError) -> Side {
+        let reported = cause::is_loss(error.code) && !self.lost.contains(&side);
         match side {
-            Side::Prefill if speaks && cause::is_loss(error.code) => Side::Decode,
-            Side::Decode if speaks && cause::is_loss(error.code) => Side::Prefill,
+            Side::Prefill if reported => Side::Decode,
+            Side::Decode if reported => Side::Prefill,
             side => side,
         }
     }

@@ -303,6 +303,8 @@ impl Machine {
 
     fn take_end(&mut self, side: Side, end: LegEnd) -> Vec<Command> {
         self.open = self.open.without(side);
+        // Who is to blame matters to the driver alone.
+        let end = if let LegEnd::Lost(error) = end { LegEnd::Failed(error) } else { end };
         if let LegEnd::Complete { .. } = end {
             self.completed_by = Some(side);
         }
@@ -352,7 +354,7 @@ impl Machine {
                 self.fail(error)
             }
             (_, LegEnd::Cancelled) => self.fail(stopped(side)),
-            (_, LegEnd::Failed(error)) => self.fail(*error),
+            (_, LegEnd::Failed(error) | LegEnd::Lost(error)) => self.fail(*error),
         }
     }
 

@@ -234,7 +234,7 @@ impl Attachment {
         self.metrics.legs_lost.inc_by(legs.len() as u64);
         for slot in legs.into_values() {
             for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {
-                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(error.clone()) });
+                slot.mailbox.deliver(slot.side, Output { choice, ..Output::lost(error.clone()) });
             }
         }
     }

@@ -33,11 +33,6 @@ impl LegGuard {
         Self { attachment, leg, open }
     }
 
-    /// Whether the stream to the instance stands, and the instance gets on.
-    pub fn is_well(&self) -> bool {
-        self.attachment.gets_on()
-    }
-
     /// Whether the instance finishes what it has.
     pub fn drains(&self) -> bool {
         self.attachment.drains()

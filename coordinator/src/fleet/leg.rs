@@ -14,17 +14,15 @@ pub enum StopReason {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LegEnd {
     /// The sequence is complete.
-    Complete {
-        reason: StopReason,
-        cached_tokens: u32,
-    },
+    Complete { reason: StopReason, cached_tokens: u32 },
     /// Prefill's part is done and decode has the cache.
-    HandedOff {
-        cached_tokens: u32,
-    },
+    HandedOff { cached_tokens: u32 },
     /// The instance cancelled it.
     Cancelled,
+    /// By the instance's own word.
     Failed(Box<ApiError>),
+    /// Taken from the instance here: its stream broke, or it did not get on.
+    Lost(Box<ApiError>),
 }
 
 /// How likely the model held a token, by natural logarithms.
@@ -57,7 +55,16 @@ impl Output {
 
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
-        let end = Some(LegEnd::Failed(error.into()));
+        Self::ended(LegEnd::Failed(error.into()))
+    }
+
+    /// The instance is lost to this coordinator.
+    pub fn lost(error: ApiError) -> Self {
+        Self::ended(LegEnd::Lost(error.into()))
+    }
+
+    fn ended(end: LegEnd) -> Self {
+        let end = Some(end);
         let (tokens, logprobs) = (SmallVec::new(), Vec::new());
         Self { choice: 0, first_position: 0, tokens, logprobs, cached_tokens: None, end }
     }

@@ -6,7 +6,6 @@ use smallvec::smallvec;
 use tokio::task::coop;
 
 use super::*;
-use crate::fleet::LegEnd;
 use baton_schedule::{
     Wanted,
     board::Board,
@@ -42,6 +41,7 @@ fn generation_on(board: &Arc<Board>, deadline: Duration, handoffs: &Arc<Handoffs
         inbox: VecDeque::new(),
         news: VecDeque::new(),
         failed: None,
+        lost: SmallVec::new(),
         served: SmallVec::new(),
         served_told: 0,
         placed: Instant::now(),
@@ -84,7 +84,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     silent.mailbox.deliver(Side::Prefill, failed());
     assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
     assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
-    assert_eq!(silent.culprit().map(InstanceId::as_str), Some("p"), "nobody else has failed");
+    assert_eq!(silent.culprit().map(InstanceId::as_str), Some("d"), "as prefill says");
 
     assert_eq!(counted(), [(0, 1)], "it never got there");
 
@@ -124,6 +124,32 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
         Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0, outgrown: None }) }
     );
     assert_eq!(counted(), [(1, 1)]);
+}
+
+/// By the time that a loss is read the instance may be back, and look well.
+#[tokio::test(start_paused = true)]
+async fn who_is_lost_here_is_to_blame_and_of_whom_another_says_it() {
+    let error = ApiError::new(ErrorCode::InstanceLost, "gone");
+    let first = || Output { tokens: smallvec![7], end: None, ..Output::failed(error.clone()) };
+    let (lost, said) = (Output::lost(error.clone()), Output::failed(error.clone()));
+    for (side, end, begun, to_blame) in [
+        (Side::Prefill, &lost, false, "p"),
+        (Side::Prefill, &said, false, "d"),
+        (Side::Decode, &lost, false, "d"),
+        (Side::Decode, &said, false, "p"),
+        // Decode stays silent.
+        (Side::Prefill, &lost, true, "p"),
+        (Side::Prefill, &said, true, "d"),
+    ] {
+        let mut failing = generation(Duration::from_secs(600), &Arc::default());
+        if begun {
+            failing.mailbox.deliver(Side::Prefill, first());
+            assert!(matches!(next(&mut failing).await, Progress::Choice { end: None, .. }));
+        }
+        failing.mailbox.deliver(side, end.clone());
+        assert_eq!(next(&mut failing).await, Progress::Failed(error.clone()));
+        assert_eq!(failing.culprit().map(InstanceId::as_str), Some(to_blame), "{side:?} {end:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

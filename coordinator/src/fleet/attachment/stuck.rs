@@ -94,11 +94,6 @@ impl Pulse {
 }
 
 impl Attachment {
-    /// Whether the stream stands and the instance gets on.
-    pub fn gets_on(&self) -> bool {
-        self.is_up() && !self.stuck.load(Ordering::Relaxed)
-    }
-
     /// Whether the instance finishes what it has, and may be told to fail what takes long.
     pub fn drains(&self) -> bool {
         self.drains.load(Ordering::Relaxed)
