@@ -26,6 +26,7 @@ pub mod fuzz;
 pub mod handoffs;
 pub mod http;
 pub mod keys;
+mod life;
 pub mod metrics;
 pub mod models;
 pub mod place;
@@ -38,6 +39,7 @@ pub mod serve;
 pub mod stream;
 pub mod text;
 
-pub use build::{Parts, assemble, run, serve_clients};
+pub use build::{Parts, assemble};
 pub use config::CoordinatorConfig;
 pub use error::{CoordinatorError, ModelError};
+pub use life::{run, serve_clients};

@@ -1,6 +1,6 @@
 //! The models that this coordinator serves, found by what requests say in `model`.
 //!
-//! Made once, at start, by [`crate::build`]; asked by [`crate::serve`] and [`crate::http`]. A [`Model`] has what is its
+//! Made once, at start, by [`crate::build`]; opened by [`crate::life`], asked by [`crate::serve`] and [`crate::http`]. A [`Model`] has what is its
 //! own: its text side, the line that its requests wait in, what is counted of it. What all models share (the room for
 //! bodies, cores to work on them, the board of instances) is elsewhere.
 

@@ -1,6 +1,6 @@
 //! Tells the leading controller that this coordinator is here and how it is, so that operators see it and its links.
 //!
-//! One task, spawned by [`crate::build`]. States: looking for the leader -> calling -> registered -> pausing -> looking.
+//! One task, spawned by [`crate::life`]. States: looking for the leader -> calling -> registered -> pausing -> looking.
 //! Pauses grow to a bound and are jittered; the stream is left at once for a new leader. It reads what others count
 //! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: requests are served whether there is a controller or not,
 //! and so they are where a call meets a bug: that ends the call alone.
