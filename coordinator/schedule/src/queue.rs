@@ -98,9 +98,10 @@ impl<T> Band<T> {
         before + of_others.sum::<f64>()
     }
 
-    /// From which time on what a tenant adds is served, if nothing of it waits.
+    /// From which time on a tenant is served, were it to come now. One of which something waits keeps its own: where others
+    /// went before what did not fit, its share is still to come.
     fn start(&self, of: Option<&Tenant<T>>) -> f64 {
-        of.map_or(self.time, |of| of.time.max(self.time))
+        of.map_or(self.time, |of| if of.waiting > 0 { of.time } else { of.time.max(self.time) })
     }
 
     /// Whose turn would come last, of all but one tenant's, and at which time of its tenant.
@@ -164,9 +165,9 @@ impl<T> Queue<T> {
         self.waiting += 1;
         let band = self.bands.entry(of_band).or_default();
         band.work += work;
-        let time = band.time;
-        let of = band.tenants.entry(tenant.clone()).or_insert_with(|| Tenant::new(weight, time));
-        (of.weight, of.time) = (weight.max(1), of.time.max(time));
+        let start = band.start(band.tenants.get(&tenant));
+        let of = band.tenants.entry(tenant.clone()).or_insert_with(|| Tenant::new(weight, start));
+        (of.weight, of.time) = (weight.max(1), start);
         let key = (wanted, self.arrivals);
         of.push(priority, key, Entry { work, item, passed_over: 0 });
         Ticket { band: of_band, tenant, priority, key }

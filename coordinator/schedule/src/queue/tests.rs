@@ -1,6 +1,9 @@
 //! Shares, order and ends of those who wait.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use proptest::prelude::*;
 
@@ -252,6 +255,30 @@ fn others_go_only_so_often_before_one_that_does_not_fit() {
     let mut queue = Queue::default();
     queue.push(wish("a", 1, now), "large", now);
     (0..2 * PASSED_OVER_MOST).for_each(|_| assert_eq!(next(&mut queue), None));
+}
+
+#[test]
+fn who_is_passed_over_gets_its_share_later_whatever_it_adds_meanwhile() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    let fill = |queue: &mut Queue<&'static str>, tenant| {
+        queue.push(wish(tenant, 1, now + Duration::from_secs(60)), tenant, now);
+    };
+    (0..20).for_each(|_| ["large", "small"].into_iter().for_each(|tenant| fill(&mut queue, tenant)));
+    let mut had = HashMap::from([("large", 0), ("small", 0)]);
+    let mut serve = |queue: &mut Queue<&'static str>, large_fits: bool| {
+        let fits = |item: &&str, _| (large_fits || *item == "small").then_some(());
+        let (tenant, ()) = queue.next(now, fits).expect("one that fits");
+        *had.entry(tenant).or_default() += 1;
+        let [large, small] = ["large", "small"].map(|tenant| had[tenant]);
+        (large, small)
+    };
+    for _ in 0..6 {
+        serve(&mut queue, false);
+        fill(&mut queue, "large");
+    }
+    let later: Vec<_> = (0..7).map(|_| serve(&mut queue, true)).collect();
+    assert_eq!(later[6], (7, 6));
+    assert_eq!(serve(&mut queue, true), (7, 7), "and takes turns then");
 }
 
 #[test]
