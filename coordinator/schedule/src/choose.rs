@@ -54,7 +54,7 @@ impl<'a> Found<'a> {
     /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
     /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
     fn has_room(&self, ask: &Ask<'_>) -> bool {
-        let pair = |halves: &Halves<'_>| ask.wanted.max_tokens == 1 || halves.decode.roomy;
+        let pair = |halves: &Halves<'_>| is_of_one_token(ask) || halves.decode.roomy;
         let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
         self.whole.roomy || self.classes.iter().any(roomy)
     }
@@ -125,8 +125,7 @@ pub(crate) fn choose(
     };
     let avoided = ask.wanted.avoid.iter().filter_map(|id| view.row(id)).map(|row| row.number);
     let mut found = walk(model, ask, &avoided.collect::<Vec<_>>(), settings, now);
-    // One token is prefill's work alone: nothing is reserved, or handed over.
-    if ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none() {
+    if is_of_one_token(ask) {
         for prefill in found.classes.iter().flat_map(|halves| &halves.prefill.held) {
             let is = |held: &Candidate<'_>| held.row.number == prefill.row.number;
             if !found.whole.held.iter().any(is) {
@@ -147,6 +146,11 @@ pub(crate) fn choose(
         }
     };
     Ok((placement, receipt(&found, &way, runner_up, ask, settings)))
+}
+
+/// One token is prefill's work alone: nothing is reserved, or handed over.
+fn is_of_one_token(ask: &Ask<'_>) -> bool {
+    ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none()
 }
 
 /// `avoided`: the numbers of those that are left aside.
@@ -283,6 +287,9 @@ fn chosen<'a>(
                 ways.extend(pair.map(|(prefill, decode)| Way::Apart(*prefill, *decode, 0.0)));
             }
         }
+    }
+    if is_of_one_token(ask) {
+        ways.retain(|way| matches!(way, Way::Alone(_)));
     }
     if found.classes.len() > 1 {
         // Who is of several classes has been found in each.

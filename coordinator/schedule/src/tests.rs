@@ -90,6 +90,22 @@ fn one_token_is_prefills_work_alone() {
     let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
     assert_eq!(chosen(&pair, &none, &one).as_deref(), Ok(&["p".to_owned()][..]));
     assert_eq!(chosen(&fleet(&[("d", Role::Decode)]), &none, &one), Err(NoPlace::NoPrefill));
+    // By whatever it is chosen, and however many pairs there are beside.
+    let several =
+        fleet(&[("d", Role::Decode), ("e", Role::Decode), ("p", Role::Prefill), ("q", Role::Prefill)]);
+    let plain = Policy::ALL.map(|policy| Settings { policy, ..SETTINGS });
+    let settings = plain.into_iter().chain([Settings { temperature: 100.0, ..SETTINGS }]);
+    for settings in settings {
+        for turn in 0..20 {
+            let view = view(&several, &none);
+            let (placement, _) =
+                choose::choose(&view, &Ask { turn, ..one }, &settings, Instant::now()).expect("a place");
+            let Placement::Alone(alone) = placement else {
+                panic!("{settings:?} hands it over: {placement:?}")
+            };
+            assert!(["p", "q"].contains(&alone.instance.as_str()), "{settings:?}");
+        }
+    }
 }
 
 #[test]
