@@ -217,6 +217,32 @@ fn requests_go_where_their_prompt_is_cached_by_the_rules_that_look() {
 }
 
 #[test]
+fn cache_aware_goes_by_any_overlap_and_among_equals_by_fewest_requests() {
+    let (_, setup) = by_hand();
+    // After so many seconds, what is asked for, and who is to have it.
+    let asked: [(u64, &[u64], usize); 8] = [
+        // While nobody has anything whoever has less to do.
+        (0, &[0, 20], 0),
+        (0, &[0, 21], 1),
+        // One has two blocks of eight, the other one: it is given both.
+        (60, &[0, 20, 30, 31, 32, 33, 34, 35], 0),
+        (60, &[0, 20, 40, 41, 42, 43, 44, 45], 0),
+        (120, &[0, 20, 50], 0),
+        (120, &[0, 20, 51], 0),
+        (120, &[0, 20, 52], 0),
+        // Both have one of two.
+        (120, &[0, 60], 1),
+    ];
+    let request = |(at, (seconds, chain, _)): (usize, &(u64, &[u64], usize))| {
+        Request::new(seconds * 1_000_000 + at as u64, 512 * chain.len() as u32, 1, chain.to_vec())
+    };
+    let trace = Trace::new(asked.iter().enumerate().map(request).collect());
+    let outcome = run(&trace, &setup, &mut Peer::new(Rule::CacheAware, setup.machine, 2, 1));
+    let given: Vec<_> = outcome.answers.iter().map(|answer| answer.prefill).collect();
+    assert_eq!(given, asked.map(|(.., prefill)| Some(prefill)));
+}
+
+#[test]
 fn a_cache_gives_up_what_is_oldest_from_the_ends_of_chains() {
     let mut cache = Cache::new(4);
     cache.hold(&[1, 2, 3]);

@@ -2,8 +2,10 @@
 //!
 //! - `least-load`: SMG (`policies/least_load.rs`): (queued tokens, less what is cached + tokens sent since the last
 //!   report) / throughput + 0.15 k/(1-k), k being how full its cache is.
-//! - `cache-aware`: SMG (`policies/cache_aware.rs`): while requests under way differ by more than 64 and by more than
-//!   half, whoever has least to do; else whoever holds most of the prompt if that is above 0.3 of it; else the former.
+//! - `cache-aware`: SMG (`policies/cache_aware.rs`), as it is where servers tell what they have cached: while requests under way
+//!   differ by more than 64 and by more than half, whoever has least to do; else whoever holds most of the prompt, of equals
+//!   whoever has the fewest requests; where nobody holds any of it the former. (The 0.3 of a prompt below which it does not go by
+//!   what is held are those of its approximate tree, which knows only what was sent where.)
 //! - `dynamo`: NVIDIA Dynamo's KV router (`kv-router/src/scheduling/selector/default.rs`): in blocks, tokens under way
 //!   to be computed + prompt - overlap, not below 0; decode by blocks in use + those of the prompt. `dynamo-decay`: the
 //!   overlap counts 1/(1 + excess of tokens under way above the least / prompt) of itself.
@@ -41,7 +43,6 @@ const CACHE_PRESSURE_SECONDS: f64 = 0.15;
 const THROUGHPUT: f64 = 2_000.0;
 const UNBALANCED_REQUESTS: u32 = 64;
 const UNBALANCED_RATIO: f64 = 1.5;
-const OVERLAP_LEAST: f64 = 0.3;
 const HIT_LEAST: f64 = 0.5;
 const RATES: usize = 64;
 const RATES_LEAST: usize = 8;
@@ -152,13 +153,15 @@ impl Peer {
         let (most, least) = (requests().max().unwrap_or(0), requests().min().unwrap_or(0));
         let unbalanced =
             most - least > UNBALANCED_REQUESTS && f64::from(most) > UNBALANCED_RATIO * f64::from(least);
-        let best = self.least(books, |index, _| -f64::from(sight.held_tokens(index)));
-        let overlap = f64::from(sight.held_tokens(best)) / f64::from(sight.request.prompt_tokens);
-        if unbalanced || overlap <= OVERLAP_LEAST {
-            self.least(books, |_, book| book.tokens as f64)
-        } else {
-            best
+        let overlap = (0..books.len()).map(|index| sight.held_tokens(index)).max().unwrap_or(0);
+        if unbalanced || overlap == 0 {
+            return self.least(books, |_, book| book.tokens as f64);
         }
+        let requests = |index, book: &Book| match sight.held_tokens(index) == overlap {
+            true => f64::from(book.requests),
+            false => f64::INFINITY,
+        };
+        self.least(books, requests)
     }
 
     fn dynamo(&self, sight: &Sight<'_>, weight: f64) -> usize {
