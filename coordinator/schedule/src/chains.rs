@@ -39,6 +39,14 @@ impl Dialect {
     pub fn block_tokens(self) -> u32 {
         self.block_tokens.get()
     }
+
+    /// The names of the full blocks of `tokens`, the first of which comes right behind `last`, which is the last of them then.
+    fn name(self, last: &mut BlockHash, tokens: &[u32]) -> impl Iterator<Item = u64> {
+        tokens.chunks_exact(self.block_tokens() as usize).map(move |block| {
+            *last = last.child(block);
+            last.key()
+        })
+    }
 }
 
 /// A prompt's full blocks in one dialect.
@@ -68,20 +76,16 @@ impl Growing {
             names.extend(stride.names);
             last = stride.last;
         }
-        let whole = Self { chain: Chain { dialect, keys: Arc::new(names.into_iter().collect()) }, last };
-        whole.followed_by(rest)
+        names.extend(dialect.name(&mut last, rest));
+        Self { chain: Chain { dialect, keys: Arc::new(names.into_iter().collect()) }, last }
     }
 
     /// With the full blocks of `tokens`, which come right behind it.
-    fn followed_by(&self, tokens: &[u32]) -> Self {
+    fn followed_by(&self, tokens: &[u32]) -> Chain {
         let Chain { dialect, keys } = &self.chain;
         let mut last = self.last;
-        let blocks = tokens.chunks_exact(dialect.block_tokens() as usize).map(|block| {
-            last = last.child(block);
-            last.key()
-        });
-        let keys: Names = keys.iter().copied().chain(blocks).collect();
-        Self { chain: Chain { dialect: *dialect, keys: keys.into() }, last }
+        let keys: Names = keys.iter().copied().chain(dialect.name(&mut last, tokens)).collect();
+        Chain { dialect: *dialect, keys: keys.into() }
     }
 }
 
@@ -106,7 +110,7 @@ impl Chains {
                 return prompt.chain;
             }
             let full = prompt.chain.keys.len() * dialect.block_tokens() as usize;
-            prompt.followed_by(&[&self.tokens[full..], generated].concat()).chain
+            prompt.followed_by(&[&self.tokens[full..], generated].concat())
         };
         dialects.iter().map(whole).collect()
     }

@@ -1,8 +1,9 @@
-//! Names of blocks that were computed before, a stride at a time: of a chat that goes on, only what is new is hashed.
+//! Names of blocks that were computed before, a stride at a time: of a chat that goes on, whole strides are looked up, and what is
+//! new is named block by block, with what was in no whole stride before.
 //!
 //! What a stride of blocks is called follows from the name before it and the tokens in it. Both are looked up by 64 bits of a
-//! faster hash, under a seed that nobody knows; that two strides fall together costs a misprediction, as with names themselves.
-//! Bounded; what has not been asked for while half of that was written is forgotten.
+//! hash several times as fast, under a seed that nobody knows; that two strides fall together costs a misprediction, as with names
+//! themselves. Bounded; what has not been asked for while half of that was written is forgotten.
 
 use std::{collections::HashMap, hash::BuildHasher, sync::Arc};
 
@@ -41,11 +42,14 @@ pub struct KnownStrides {
     kept: Mutex<Kept>,
 }
 
+/// By 64 bits that say where they stand and of what they are.
+type Half = HashMap<u64, Arc<Stride>>;
+
 #[derive(Debug, Default)]
 struct Kept {
     /// Written, or asked for, since the others.
-    young: HashMap<u64, Arc<Stride>>,
-    old: HashMap<u64, Arc<Stride>>,
+    young: Half,
+    old: Half,
 }
 
 impl KnownStrides {
@@ -56,7 +60,8 @@ impl KnownStrides {
             return known;
         }
         let stride = Arc::new(Stride::of(last, tokens));
-        self.kept.lock().keep(hash, stride.clone());
+        let forgotten = self.kept.lock().keep(hash, stride.clone());
+        drop(forgotten);
         stride
     }
 
@@ -66,17 +71,21 @@ impl KnownStrides {
             return Some(stride.clone());
         }
         let stride = kept.old.remove(&hash)?;
-        kept.keep(hash, stride.clone());
+        let forgotten = kept.keep(hash, stride.clone());
+        drop(kept);
+        drop(forgotten);
         Some(stride)
     }
 }
 
 impl Kept {
-    fn keep(&mut self, hash: u64, stride: Arc<Stride>) {
-        if self.young.len() >= HALF {
-            self.old = std::mem::take(&mut self.young);
-        }
+    /// What is forgotten for it is given back: to drop so much takes a while, and is not to be done while this is locked.
+    #[must_use]
+    fn keep(&mut self, hash: u64, stride: Arc<Stride>) -> Option<Half> {
+        let full = self.young.len() >= HALF;
+        let forgotten = full.then(|| std::mem::replace(&mut self.old, std::mem::take(&mut self.young)));
         self.young.insert(hash, stride);
+        forgotten
     }
 }
 
@@ -105,6 +114,17 @@ mod tests {
             })
             .collect();
         assert_eq!((&first.names[..], first.last), (&names[..], last));
+    }
+
+    #[test]
+    fn what_is_forgotten_is_given_back_whole() {
+        let (mut kept, stride) =
+            (Kept::default(), Arc::new(Stride { names: [0; STRIDE], last: BlockHash::root("l", "") }));
+        let mut given = (0..3 * HALF as u64 + 1).filter_map(|hash| kept.keep(hash, stride.clone()));
+        assert_eq!(given.next().map(|half| half.len()), Some(0));
+        assert_eq!(given.next().map(|half| half.len()), Some(HALF));
+        assert_eq!(given.next().map(|half| half.contains_key(&(HALF as u64))), Some(true));
+        assert!(given.next().is_none());
     }
 
     #[test]
