@@ -9,8 +9,9 @@
 //!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
 //!   the time until others have ended, where as many are decoded as may be; and the time that what is not cached there takes
 //!   to be moved, with the transfers that share the way. For what is queued there to be computed it stands still.
-//! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed by a *decode* instance holds up every
-//!   sequence of its batch, and is paid for so; between its chunks the batch decodes, and it waits for that.
+//! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed where others are decoded, on a mixed
+//!   instance as on one of decode, holds up every sequence of the batch, and is paid for so; between its chunks the batch
+//!   decodes, and it waits for that.
 //! - What is predicted to be later than its target counts [`LATE`] times more.
 //! - What an instance has counts for more while it warms up: beside older peers it is given a share that grows with the time it
 //!   has served. How long it makes anybody wait is not more for that.
@@ -53,7 +54,7 @@ pub(crate) struct Price {
     in_line_micros: f64,
 }
 
-/// What an instance decodes while it computes a prompt.
+/// What an instance decodes while it computes a prompt: nothing, if it is one of prefill.
 #[derive(Debug, Clone, Copy, Default)]
 struct Decoding {
     /// Sequences that stand still meanwhile.
@@ -62,6 +63,15 @@ struct Decoding {
     step_micros: f64,
     /// Until the prompt is begun with, as so many are decoded.
     in_line_micros: f64,
+}
+
+impl Decoding {
+    /// Of the instance of which `then` is the price to decode this one, too.
+    fn beside(row: &Row, then: &Price) -> Self {
+        let batch = row.standing.batch() as f64;
+        let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
+        Self { batch, step_micros, in_line_micros: then.in_line_micros }
+    }
 }
 
 /// Prices one request on any instance.
@@ -83,29 +93,20 @@ impl Pricing<'_> {
             }
             Side::Whole => {
                 let then = self.decode(row, cached, 0, 0.0);
-                let decoding = Decoding { in_line_micros: then.in_line_micros, ..Decoding::default() };
-                both(self.prefill(row, side, cached, decoding), then)
+                both(self.prefill(row, side, cached, Decoding::beside(row, &then)), then)
             }
         }
     }
 
     /// All of it on a decode instance; `None`: it has too much to do.
     pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
-        let batch = row.standing.batch() as f64;
-        let then = self.decode(row, cached, 0, 0.0);
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
             (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
             _ => true,
         };
-        let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
-        let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
-        let first = self.prefill(
-            row,
-            Side::Whole,
-            cached,
-            Decoding { batch, step_micros, in_line_micros: then.in_line_micros },
-        );
-        (room && steady).then_some(both(first, then))
+        let price = self.price(row, Side::Whole, cached);
+        let steady = price.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
+        (room && steady).then_some(price)
     }
 
     /// `decoding`: what goes on there beside it.

@@ -131,6 +131,24 @@ async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_no
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_prompt_on_a_mixed_instance_is_paid_for_by_those_that_it_holds_up() {
+    let mixed = |batch| {
+        [
+            ("m", Role::Mixed, running(batch)),
+            ("d", Role::Decode, running(4)),
+            ("p", Role::Prefill, queued(1_000)),
+        ]
+    };
+    // 2,000 tokens take 1,000 ms, and 1,500 where 1,000 are queued already: worth it if ten stand still for as long.
+    assert_eq!(chosen(&board(PLAIN, &mixed(0)), 2_000), ["m"]);
+    assert_eq!(chosen(&board(PLAIN, &mixed(10)), 2_000), ["p", "d"]);
+    // 512 tokens for 256 ms in each of two chunks, and a step of four sequences beside each.
+    let (_, receipt) = placed(&board(PLAIN, &[("m", Role::Mixed, running(3))]), 1_000).expect("a place");
+    let ttft = receipt.cheapest[0].ttft_micros;
+    assert!((545_000..551_000).contains(&ttft), "{ttft}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_new_instance_gets_its_share_by_and_by() {
     let settings = Settings { warm_up: Duration::from_secs(60), ..PLAIN };
     let fleet =
