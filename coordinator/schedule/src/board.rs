@@ -315,7 +315,8 @@ impl Board {
             let (prefill_tokens, prefill_pairs) =
                 if computes { (assignee.uncached_tokens, assignee.uncached_pairs) } else { (0, 0) };
             let blocks = assignee.blocks;
-            let work = Work { prefill_tokens, prefill_pairs, sequences: sequences.into(), blocks };
+            let sequences = sequences.into();
+            let work = Work { prefill_tokens, prefill_pairs, requests: 1, sequences, blocks };
             Part { instance: assignee.instance.clone(), work, leg: None, expected: None }
         };
         let (mut prefill, mut decode) = match &placement {

@@ -14,7 +14,7 @@
 //!   decodes, and it waits for that.
 //! - What is predicted to be later than its target counts [`LATE`] times more.
 //! - What an instance has counts for more while it warms up: beside older peers it is given a share that grows with the time it
-//!   has served. How long it makes anybody wait is not more for that.
+//!   has served. What is predicted of it, how long it makes anybody wait and how long its steps are, is not more for that.
 //! - Of several choices each is decoded, and the prompt is computed once.
 
 use baton_proto::attention_pairs;
@@ -144,10 +144,10 @@ impl Pricing<'_> {
         // What it waits for are others' answers; how long they take does not grow with what it is to be spared.
         let answer = f64::from(ask.expected_tokens) * row.speed.step_micros(sequences, context);
         let in_line_micros = answer * standing.turns_before(ask.wanted.choices);
+        let step = row.speed.step_micros(sequences + choices, context + added);
         let share = self.share(row);
         let (sequences, context) = (sequences / share, context / share);
-        let step = row.speed.step_micros(sequences + choices, context + added);
-        let own = expected * step;
+        let own = expected * row.speed.step_micros(sequences + choices, context + added);
         let others = expected * sequences * row.speed.added_micros(choices, added);
         // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
         // use are given back in about the time of an answer, and more than these will never be free.

@@ -39,6 +39,8 @@ pub struct Work {
     /// To be computed of a prompt, and the pairs of one of them and a token before it.
     pub prefill_tokens: u64,
     pub prefill_pairs: u64,
+    /// Legs, and the sequences that they become there: one for each choice.
+    pub requests: u64,
     pub sequences: u64,
     pub blocks: u64,
 }
@@ -47,6 +49,7 @@ impl Work {
     fn add(&mut self, other: Work) {
         self.prefill_tokens += other.prefill_tokens;
         self.prefill_pairs += other.prefill_pairs;
+        self.requests += other.requests;
         self.sequences += other.sequences;
         self.blocks += other.blocks;
     }
@@ -54,6 +57,7 @@ impl Work {
     fn take(&mut self, other: Work) {
         self.prefill_tokens = self.prefill_tokens.saturating_sub(other.prefill_tokens);
         self.prefill_pairs = self.prefill_pairs.saturating_sub(other.prefill_pairs);
+        self.requests = self.requests.saturating_sub(other.requests);
         self.sequences = self.sequences.saturating_sub(other.sequences);
         self.blocks = self.blocks.saturating_sub(other.blocks);
     }
@@ -315,7 +319,7 @@ impl Ledger {
             queued_prefill_pairs: sum(load.queued_prefill_pairs, unseen.prefill_pairs, over.prefill_pairs),
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
             sequences_most: load.sequences_most,
-            waiting_room: load.waiting_room.map(|room| u64::from(room).saturating_sub(unseen.sequences)),
+            waiting_room: load.waiting_room.map(|room| u64::from(room).saturating_sub(unseen.requests)),
             blocks_total: (total > 0).then_some(total),
             blocks_free: (total > 0).then(|| total.saturating_sub(used)),
             blocks_short: if total > 0 { used.saturating_sub(total) } else { 0 },

@@ -229,7 +229,8 @@ pub struct Receipt {
     /// The best of the other ways. It may be the cheaper one where the way is drawn (`placement.temperature`), or a policy is
     /// plain.
     pub runner_up: Option<RunnerUp>,
-    /// The cheapest candidates for each part of the work, and whoever was taken, cheapest first.
+    /// The best candidates for each part of the work, by [`Self::policy`]: the cheapest, unless that is a plain one. And whoever was
+    /// taken. Cheapest first.
     pub cheapest: Vec<Scored>,
 }
 

@@ -172,6 +172,9 @@ async fn a_new_instance_gets_its_share_by_and_by() {
     board.up(&d1.id, Incarnation(2), ready(Role::Decode));
     load(4);
     assert_eq!(chosen(&board, 10)[1], "d0", "a tenth of it is its share at first");
+    let (_, receipt) = placed(&board, 10).expect("a place");
+    let own = receipt.cheapest.iter().find(|scored| scored.instance == d1.id).expect("a candidate");
+    assert!((24_500..25_500).contains(&own.tpot_micros), "of five, as it is: {}", own.tpot_micros);
     load(0);
     assert_eq!(chosen(&board, 10)[1], "d1", "which is more than nothing");
     load(4);

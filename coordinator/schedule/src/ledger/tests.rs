@@ -15,7 +15,7 @@ fn id() -> InstanceId {
 }
 
 fn work(prefill_tokens: u64, sequences: u64, blocks: u64) -> Work {
-    Work { prefill_tokens, prefill_pairs: 3 * prefill_tokens, sequences, blocks }
+    Work { prefill_tokens, prefill_pairs: 3 * prefill_tokens, requests: sequences, sequences, blocks }
 }
 
 fn load(queued_prefill_tokens: u64, sequences: u32, kv_blocks_free: u32) -> Load {

@@ -85,6 +85,11 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     assert_eq!(board.can_serve("r1"), Ok(()), "it is busy, and there");
     held.pop();
     assert!(board.book(&wanted).is_ok());
+    // It counts requests, however many answers one wants.
+    drop(held.pop());
+    let _several = board.book(&Wanted { choices: 4, ..wanted }).expect("there is room");
+    let _last = board.book(&wanted).expect("there is room for another");
+    assert_eq!(board.book(&wanted).err(), Some(NoPlace::Busy));
 }
 
 #[test]
