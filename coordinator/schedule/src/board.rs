@@ -235,7 +235,7 @@ impl Board {
         let state = self.state.lock();
         let Some(row) = state.view.row(id) else { return Duration::ZERO };
         let expected = state.lengths.tokens(&row.spec.revision).min(most.saturating_sub(tokens));
-        let step = row.speed.step_micros(row.standing.batch() as f64, 0.0);
+        let step = row.speed.step_micros(row.standing.batch() as f64, row.context_tokens());
         Duration::from_secs_f64((step.max(0.0) * f64::from(expected) / 1e6).min(1e6))
     }
 

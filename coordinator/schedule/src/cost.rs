@@ -5,10 +5,11 @@
 //!   so many requests stand in line, on average, while the instance computes it. So where little is to do the fastest
 //!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then. As long again
 //!   as its own time, scaled by the shortfall, when the free KV blocks do not hold it.
-//! - **Decode**: the tokens expected x the step with this request in the batch; the time by which it makes the steps of the
-//!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
-//!   the time until others have ended, where as many are decoded as may be; and the time that what is not cached there takes
-//!   to be moved, with the transfers that share the way. For what is queued there to be computed it stands still.
+//! - **Decode**: the tokens expected x the step with this request in the batch, each sequence of which attends to all that it has,
+//!   whether or not others have the same blocks; the time by which it makes the steps of the others in it longer; as long again
+//!   as its own steps, scaled by the shortfall, when the free KV blocks do not hold it; the time until others have ended, where as
+//!   many are decoded as may be; and the time that what is not cached there takes to be moved, with the transfers that share the
+//!   way. For what is queued there to be computed it stands still.
 //! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed where others are decoded, on a mixed
 //!   instance as on one of decode, holds up every sequence of the batch, and is paid for so; between its chunks the batch
 //!   decodes, and it waits for that.
@@ -135,12 +136,9 @@ impl Pricing<'_> {
         let ask = self.ask;
         let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
         let choices = f64::from(ask.wanted.choices);
-        let used = match (standing.blocks_total, standing.blocks_free) {
-            (Some(total), Some(free)) => total.saturating_sub(free) as f64,
-            _ => 0.0,
-        };
-        let (sequences, context) = (standing.batch() as f64, used * f64::from(row.spec.block_tokens));
-        let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
+        let used = standing.blocks_used() as f64;
+        let (sequences, context) = (standing.batch() as f64, row.context_tokens());
+        let added = choices * (f64::from(ask.prompt_tokens()) + expected / 2.0);
         // What it waits for are others' answers; how long they take does not grow with what it is to be spared.
         let answer = f64::from(ask.expected_tokens) * row.speed.step_micros(sequences, context);
         let in_line_micros = answer * standing.turns_before(ask.wanted.choices);

@@ -96,6 +96,11 @@ impl Standing {
         self.sequences_most.map_or(self.sequences, |most| self.sequences.min(most.get().into()))
     }
 
+    /// Blocks that are not free; 0 where the instance has not said.
+    pub fn blocks_used(&self) -> u64 {
+        self.blocks_total.unwrap_or(0).saturating_sub(self.blocks_free.unwrap_or(0))
+    }
+
     /// How many times as many as are decoded at a time have to end before so many more are. Nobody waits for more than those that
     /// are there.
     pub fn turns_before(&self, choices: u32) -> f64 {

@@ -41,6 +41,8 @@ pub struct Row {
     pub classes: Range<usize>,
     pub standing: Standing,
     pub speed: Speed,
+    /// Of each sequence that it decoded of late, on average. `None`: it has not said.
+    pub sequence_tokens: Option<f64>,
     /// How long what is queued there takes to be computed.
     pub queue_micros: f64,
     /// Caches on their way in and out.
@@ -76,6 +78,15 @@ impl Row {
         self.speed.prefill_tokens_within(passed.as_secs_f64() * 1e6)
     }
 
+    /// Tokens that a decode step attends to: those of each sequence, though several share blocks. Where these are not counted, as
+    /// many as are in blocks that are used.
+    pub fn context_tokens(&self) -> f64 {
+        match self.sequence_tokens {
+            Some(tokens) => tokens * self.standing.batch() as f64,
+            None => self.standing.blocks_used() as f64 * f64::from(self.spec.block_tokens),
+        }
+    }
+
     fn is_prefill(&self) -> bool {
         matches!(self.role, Some(Role::Prefill | Role::Mixed))
     }
@@ -98,6 +109,7 @@ impl Row {
         self.role_epoch = instance.role_epoch();
         self.standing = ledger.standing(&self.spec.id, &load);
         self.speed = speeds.of(&self.spec, now);
+        self.sequence_tokens = speeds.sequence_tokens(&self.spec);
         self.transfers = load.transfers;
         let Standing { queued_prefill_tokens: tokens, queued_prefill_pairs: pairs, .. } = self.standing;
         self.queue_micros = self.speed.prefill_micros(tokens as f64, pairs as f64);
@@ -310,6 +322,7 @@ impl Row {
             classes: 0..0,
             standing: Standing::default(),
             speed: Speed::default(),
+            sequence_tokens: None,
             queue_micros: 0.0,
             transfers: 0,
             served: None,

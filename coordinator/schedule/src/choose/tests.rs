@@ -97,6 +97,36 @@ async fn what_is_predicted_is_on_the_receipt() {
     assert_eq!((of(Side::Prefill).tpot_micros, of(Side::Decode).ttft_micros), (0, 0));
 }
 
+/// Steps of an instance that takes 20 ms, 0.1 ms for each sequence and 0.08 µs for each token of these, which many share.
+#[tokio::test(start_paused = true)]
+async fn a_step_is_of_all_that_is_attended_to_however_few_blocks_it_is_in() {
+    let fleet = [("p", Role::Prefill, queued(0)), ("d", Role::Decode, running(0))];
+    let board = board(PLAIN, &fleet);
+    let (d, mut timed) = (spec_of("d").id, timed(60));
+    let mut report = |sequences: u32, tokens: u64| {
+        let all = u64::from(sequences) * tokens;
+        timed.decode_steps += 1;
+        timed.decode_micros += 20_000 + 100 * u64::from(sequences) + 80 * all / 1_000;
+        (timed.decode_sequences, timed.context_tokens) =
+            (timed.decode_sequences + u64::from(sequences), timed.context_tokens + all);
+        board.load(&d, Load { timed, sequences, ..running(0) });
+    };
+    (0..600u32).for_each(|at| report(1 + at * 7 % 60, 100 + u64::from(at) * 97 % 30_000));
+    report(60, 30_000);
+    let (_, receipt) = placed(&board, 30_000).expect("a place");
+    let tpot = receipt.cheapest.iter().map(|scored| scored.tpot_micros).max().unwrap_or(0);
+    let truth = 20_000 + 100 * 61 + 80 * 61 * 30;
+    assert!(tpot.abs_diff(truth) < truth / 10, "{tpot}, and it takes {truth}");
+    // What is left of an answer is of such steps, too.
+    let left = board.left(&d, 1, 11).as_micros() as u64;
+    assert!(left.abs_diff(10 * truth) < truth, "{left}");
+    // Each choice attends to the prompt.
+    report(1, 100);
+    let booked = board.book(&Wanted { choices: 60, ..Wanted::new(30_000, 64, "r1") }).expect("a place");
+    let tpot = booked.receipt.cheapest.iter().map(|scored| scored.tpot_micros).max().unwrap_or(0);
+    assert!(tpot.abs_diff(truth) < truth / 10, "{tpot}, and it takes {truth}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_nobody() {
     let local = Settings { local_prefill: true, ..PLAIN };

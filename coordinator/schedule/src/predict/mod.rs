@@ -156,6 +156,8 @@ struct Learner {
     /// The counters as they were reported last, and what it said of its steps.
     counted: Timed,
     step_tokens: f64,
+    /// Of each sequence of the steps that it has reported last, on average. `None`: of none yet.
+    sequence_tokens: Option<f64>,
     /// When something was learnt last, of prefill and of decode.
     at: [Instant; 2],
 }
@@ -179,6 +181,7 @@ impl Speeds {
             speed: None,
             counted: load.timed,
             step_tokens,
+            sequence_tokens: None,
             at: [now; 2],
         };
         let known = match self.instances.get_mut(&spec.id) {
@@ -193,6 +196,9 @@ impl Speeds {
             return;
         };
         (known.counted, known.step_tokens) = (load.timed, step_tokens);
+        if since.decode_sequences > 0 {
+            known.sequence_tokens = Some(since.context_tokens as f64 / since.decode_sequences as f64);
+        }
         let kind = &mut self.kinds[kind];
         let (prefill, decode) = samples(&since, load, step_tokens);
         if let Some((x, y)) = prefill {
@@ -216,10 +222,19 @@ impl Speeds {
         }
     }
 
+    /// How many tokens each sequence had, on average, in the decode steps that an instance has told of last. `None`: it has told of
+    /// none.
+    pub fn sequence_tokens(&self, spec: &Spec) -> Option<f64> {
+        self.known(spec)?.sequence_tokens
+    }
+
+    fn known(&self, spec: &Spec) -> Option<&Learner> {
+        self.instances.get(&spec.id).filter(|known| known.incarnation == spec.incarnation)
+    }
+
     /// How fast an instance is taken to be.
     pub fn of(&self, spec: &Spec, now: Instant) -> Speed {
-        let Some(known) = self.instances.get(&spec.id).filter(|known| known.incarnation == spec.incarnation)
-        else {
+        let Some(known) = self.known(spec) else {
             let alike = self.kinds.iter().find(|kind| kind.is(spec));
             return alike.map_or_else(Speed::default, |kind| kind.speed);
         };
