@@ -225,8 +225,7 @@ impl Attempts {
         among: Among<'_>,
     ) -> Option<Result<Moved, NotSent>> {
         let Self { placer, model, assignment, .. } = self;
-        let (prompt, generated) = (&assignment.prompt, &assignment.generated);
-        let booked = placer.book(&model.served, prompt, generated, avoid, among).ok()?;
+        let booked = placer.book(&model.served, assignment.asked(), avoid, among).ok()?;
         let pair = booked.booking.credit.pair();
         // The board takes them where there is nobody else.
         if pair.each().any(|id| avoid.contains(id)) {
@@ -353,8 +352,7 @@ impl Attempts {
         let mut changes = placer.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
-            let (prompt, generated) = (&assignment.prompt, &assignment.generated);
-            let booked = placer.book_by(deadline, &model.served, prompt, generated, &avoid).await;
+            let booked = placer.book_by(deadline, &model.served, assignment.asked(), &avoid).await;
             let Ok(booked) = booked else { return Err(self.unless_late(error)) };
             let placing = Placing::new(&booked.booking, Some(error.clone()), Duration::ZERO);
             match placer.start(booked, assignment.clone()) {

@@ -31,6 +31,16 @@ pub struct Placer {
     pub closed: CancellationToken,
 }
 
+/// What a place is looked for.
+#[derive(Clone, Copy)]
+pub struct Asked<'a> {
+    pub prompt: &'a PreparedPrompt,
+    /// Of its answer, what was generated elsewhere: it is computed as the prompt is.
+    pub generated: &'a [u32],
+    /// When the first token is wanted.
+    pub first_token: Instant,
+}
+
 /// A place that is booked, and held for as long as this is.
 pub struct Booked {
     pub booking: Booking,
@@ -38,48 +48,53 @@ pub struct Booked {
 }
 
 impl Placer {
+    /// A prompt of a request that came then, and has brought nothing yet.
+    pub fn asked<'a>(&self, prompt: &'a PreparedPrompt, arrived: Instant) -> Asked<'a> {
+        let first_token = arrived + self.board.ttft_target(prompt.prompt_tokens());
+        Asked { prompt, generated: &[], first_token }
+    }
+
     /// Books each prompt of a new request, the first among these: [`NoPlace::Busy`] if none of those that it is to have room on
     /// has.
     pub fn book_all(
         &self,
         served: &Served,
         prompts: &[PreparedPrompt],
+        arrived: Instant,
         first: Among<'_>,
     ) -> Result<Vec<Booked>, NoPlace> {
         // Its other prompts are not to wait for its first.
         let among = iter::once(first).chain(iter::repeat(Among::All));
         let each = prompts.iter().zip(among);
-        each.map(|(prompt, among)| self.book(served, prompt, &[], &[], among)).collect()
+        each.map(|(prompt, among)| self.book(served, self.asked(prompt, arrived), &[], among)).collect()
     }
 
-    /// Books a prompt, and what of its answer was generated elsewhere, which is computed as the prompt is.
+    /// Books a place.
     pub fn book(
         &self,
         served: &Served,
-        prompt: &PreparedPrompt,
-        generated: &[u32],
+        asked: Asked<'_>,
         avoid: &[InstanceId],
         among: Among<'_>,
     ) -> Result<Booked, NoPlace> {
-        let chains = self.board.caches.name(&served.revision, &prompt.chains, generated);
+        let chains = self.board.caches.name(&served.revision, &asked.prompt.chains, asked.generated);
         let admitting = self.breakers.admitting(avoid, Instant::now());
-        let booking =
-            self.board.book(&wanted(served, prompt, generated, &chains, admitting.avoid(), among))?;
+        let booking = self.board.book(&wanted(served, asked, &chains, admitting.avoid(), among))?;
         let trials = admitting.booked(booking.credit.pair());
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "booked");
         Ok(Booked { booking, trials })
     }
 
-    /// Where a prompt would go, were it placed now.
+    /// Where it would go, were it placed now.
     pub fn look(
         &self,
         served: &Served,
-        prompt: &PreparedPrompt,
+        asked: Asked<'_>,
         among: Among<'_>,
     ) -> Result<(Placement, Receipt), NoPlace> {
-        let chains = self.board.caches.name(&served.revision, &prompt.chains, &[]);
+        let chains = self.board.caches.name(&served.revision, &asked.prompt.chains, asked.generated);
         let admitting = self.breakers.admitting(&[], Instant::now());
-        self.board.look(&wanted(served, prompt, &[], &chains, admitting.avoid(), among))
+        self.board.look(&wanted(served, asked, &chains, admitting.avoid(), among))
     }
 
     /// What is left of requests is ended: their instances are lost to them, and they are given to nobody else.
@@ -88,13 +103,12 @@ impl Placer {
         self.attachments.stop_all();
     }
 
-    /// Books a prompt as [`Self::book`] does, among all, as soon as an instance can take it.
+    /// Books a place as [`Self::book`] does, among all, as soon as an instance can take it.
     pub async fn book_by(
         &self,
         deadline: Instant,
         served: &Served,
-        prompt: &PreparedPrompt,
-        generated: &[u32],
+        asked: Asked<'_>,
         avoid: &[InstanceId],
     ) -> Result<Booked, NoPlace> {
         let mut changes = self.board.changes();
@@ -103,7 +117,7 @@ impl Placer {
             if self.closed.is_cancelled() {
                 return Err(NoPlace::NoInstance);
             }
-            match self.book(served, prompt, generated, avoid, Among::All) {
+            match self.book(served, asked, avoid, Among::All) {
                 Err(reason) if reason.may_pass() => {
                     let change = self.closed.run_until_cancelled(timeout_at(deadline, changes.changed()));
                     match change.await {
@@ -125,15 +139,15 @@ impl Placer {
     }
 }
 
-/// A prompt, with what of its answer was generated elsewhere.
+/// The same, as the board knows it.
 fn wanted<'a>(
     served: &'a Served,
-    prompt: &PreparedPrompt,
-    generated: &[u32],
+    asked: Asked<'_>,
     chains: &'a [Chain],
     avoid: &'a [InstanceId],
     among: Among<'a>,
 ) -> Wanted<'a> {
+    let Asked { prompt, generated, first_token } = asked;
     let (generated, sampling) = (generated.len() as u32, &prompt.sampling);
     Wanted {
         prompt: Prompt { tokens: prompt.prompt_tokens().saturating_add(generated), chains },
@@ -142,6 +156,7 @@ fn wanted<'a>(
         revision: &served.revision,
         avoid,
         among,
+        first_token: Some(first_token),
     }
 }
 

@@ -115,7 +115,7 @@ impl Service {
             let terms = WaitTerms {
                 request: &card.card().request,
                 tenant: &tenant,
-                first_token: card.card().arrived + ttft,
+                arrived: card.card().arrived,
                 deadline: self.deadline(&card),
             };
             let admission = model.line.admit(&self.placer, ticket, spot, prepared, terms).await?;

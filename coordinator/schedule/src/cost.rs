@@ -13,7 +13,8 @@
 //! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed where others are decoded, on a mixed
 //!   instance as on one of decode, holds up every sequence of the batch, and is paid for so; between its chunks the batch
 //!   decodes, and it waits for that.
-//! - What is predicted to be later than its target counts [`LATE`] times more.
+//! - What is predicted to be later than its target counts [`LATE`] times more: of the first token by what is left of that since
+//!   the request came. What it is late already is nobody's choice any more.
 //! - What an instance has counts for more while it warms up: beside older peers it is given a share that grows with the time it
 //!   has served. What is predicted of it, how long it makes anybody wait and how long its steps are, is not more for that.
 //! - Of several choices each is decoded, and the prompt is computed once.
@@ -124,7 +125,7 @@ impl Pricing<'_> {
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
         let between = row.speed.steps(tokens as f64) * step_micros;
         let ttft_micros = in_line_micros + row.queue_micros + own + between;
-        let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
+        let late = (ttft_micros - self.ttft_left_micros()).max(0.0);
         // Of both parts on one instance decode pays for that.
         let short = if side == Side::Prefill { own * shortfall(row, self.ask, side, cached) } else { 0.0 };
         let micros = wait + (1.0 + waiting + batch) * own + between + short + LATE * late;
@@ -161,6 +162,14 @@ impl Pricing<'_> {
         let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
         let wait_micros = in_line_micros.max(blocks_micros);
         Price { micros, tpot_micros: step, wait_micros, in_line_micros, ..Price::default() }
+    }
+
+    /// What is left of the time that the first token may take.
+    fn ttft_left_micros(&self) -> f64 {
+        match self.ask.wanted.first_token {
+            Some(by) => by.saturating_duration_since(self.now).as_secs_f64() * 1e6,
+            None => self.settings.targets.ttft_micros(self.ask.prompt_tokens()),
+        }
     }
 
     /// How much of its peers' work it is to have by now. Where all of them have just been heard of, nobody is new.

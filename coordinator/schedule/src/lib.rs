@@ -24,6 +24,7 @@ mod settings;
 pub mod view;
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
+use tokio::time::Instant;
 
 use caches::Held;
 use chains::Chain;
@@ -58,12 +59,22 @@ pub struct Wanted<'a> {
     /// Instances that are not to have it. The board lets the last go that can do what nobody else can.
     pub avoid: &'a [InstanceId],
     pub among: Among<'a>,
+    /// By when its first token is wanted, as its target counts from when the request came. `None`: from now on.
+    pub first_token: Option<Instant>,
 }
 
 impl<'a> Wanted<'a> {
-    /// One answer, by whoever is best of all.
+    /// One answer, by whoever is best of all, to one that has just come.
     pub fn new(prompt: impl Into<Prompt<'a>>, max_tokens: u32, revision: &'a str) -> Self {
-        Self { prompt: prompt.into(), max_tokens, choices: 1, revision, avoid: &[], among: Among::All }
+        Self {
+            prompt: prompt.into(),
+            max_tokens,
+            choices: 1,
+            revision,
+            avoid: &[],
+            among: Among::All,
+            first_token: None,
+        }
     }
 }
 

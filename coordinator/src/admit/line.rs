@@ -71,8 +71,8 @@ impl Permit {
 pub struct WaitTerms<'a> {
     pub request: &'a RequestId,
     pub tenant: &'a Tenant,
-    /// When its first token is.
-    pub first_token: Instant,
+    /// When it came: its first tokens are wanted so long after that.
+    pub arrived: Instant,
     /// It need not be served after this.
     pub deadline: Instant,
 }
@@ -102,6 +102,7 @@ struct Bound {
 
 struct Waiter {
     request: RequestId,
+    arrived: Instant,
     since: Instant,
     spot: OwnedSemaphorePermit,
     prepared: Prepared,
@@ -179,12 +180,12 @@ impl Line {
     /// What a request waits for, if it waits; of several prompts the first.
     pub fn explain(&self, request: &RequestId, placer: &Placer) -> Option<Waits> {
         let desk = &self.desk;
-        let (prompt, seated) = {
+        let (prompt, arrived, seated) = {
             let state = desk.state.lock();
             let waiter = state.queue.iter().find(|waiter| waiter.request == *request)?;
-            (waiter.prepared.prompts.first()?.clone(), state.seated)
+            (waiter.prepared.prompts.first()?.clone(), waiter.arrived, state.seated)
         };
-        let look = |among| placer.look(&desk.served, &prompt, among);
+        let look = |among| placer.look(&desk.served, placer.asked(&prompt, arrived), among);
         let because = match look(Among::Roomy) {
             _ if seated >= desk.seats => {
                 format!(
@@ -212,9 +213,8 @@ impl Line {
         placer.board.arrived(&desk.served.revision);
         // Meanwhile there may be one.
         let spot = spot.0.or_else(|| at_once(&self.spots).ok());
-        let booked = spot
-            .as_ref()
-            .and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts, Among::Roomy)));
+        let book = || placer.book_all(&desk.served, &prepared.prompts, terms.arrived, Among::Roomy);
+        let booked = spot.as_ref().and_then(|_| desk.at_once(book));
         let bound = match (spot, booked) {
             (Some(spot), Some((seat, found))) => {
                 let bookings = found.map_err(|reason| desk.error_of(reason))?;
@@ -240,9 +240,10 @@ impl Line {
         let (desk, by) = (&self.desk, (began + self.queue_timeout).min(terms.deadline));
         let tenant = terms.tenant;
         let rank = tenant.rank(prepared.priority);
+        let first = prepared.prompts.first().map_or(0, PreparedPrompt::prompt_tokens);
         let wish = Wish {
             rank: rank.clone(),
-            wanted: terms.first_token,
+            wanted: terms.arrived + placer.board.ttft_target(first),
             work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
         if desk.queued_most == 0 {
@@ -263,7 +264,8 @@ impl Line {
             let (theirs, outranked) =
                 outranked.map(|Waiter { spot, prepared, goes, .. }| (spot, (prepared, goes))).unzip();
             let Some(spot) = spot.or(theirs) else { return Err(desk.full(wait)) };
-            let waiter = Waiter { request: terms.request.clone(), since: began, spot, prepared, goes };
+            let (request, arrived) = (terms.request.clone(), terms.arrived);
+            let waiter = Waiter { request, arrived, since: began, spot, prepared, goes };
             let ticket = state.queue.push(wish, waiter, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(desk.clone(), placer.clone()));
@@ -367,7 +369,8 @@ impl Desk {
             // An instance takes what waits there in order: with it one waits for room that others would take all the time.
             let fits = |waiter: &Waiter, overdue: bool| {
                 let among = if overdue { Among::Waiting } else { Among::Roomy };
-                let book = || placer.book_all(&self.served, &waiter.prepared.prompts, among);
+                let Waiter { prepared, arrived, .. } = waiter;
+                let book = || placer.book_all(&self.served, &prepared.prompts, *arrived, among);
                 let lacks = |found: &Found| matches!(found, Err(reason) if reason.may_pass() && *reason != NoPlace::Busy);
                 let mut found = book();
                 if lacks(&found) {

@@ -66,7 +66,7 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let id = spec("b").id;
     let (attachment, _frames) = standing(id.clone(), metrics);
     let Two { placer, model, assignment } = two(Attachments::of([(id.clone(), attachment)]));
-    let booked = placer.book(&model.served, &assignment.prompt, &[], &[], Among::All);
+    let booked = placer.book(&model.served, assignment.asked(), &[], Among::All);
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
 
@@ -97,7 +97,7 @@ async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
         let Two { placer, model, assignment } = two(attachments);
         placer.breakers.stuck(&a, Instant::now());
         tokio::time::advance(Duration::from_secs(1)).await;
-        let book = || placer.book(&model.served, &assignment.prompt, &[], &[], Among::All).expect("a place");
+        let book = || placer.book(&model.served, assignment.asked(), &[], Among::All).expect("a place");
         let on = |booked: &Booked| booked.booking.credit.pair().prefill.to_string();
         let (trial, next) = (book(), book());
         assert_eq!([on(&trial), on(&next)], ["a", "b"], "one is let through");

@@ -6,7 +6,7 @@ use baton_process::telemetry::TraceContext;
 use baton_proto::RequestId;
 use tokio::time::Instant;
 
-use crate::prepare::PreparedPrompt;
+use crate::{place::Asked, prepare::PreparedPrompt};
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -24,4 +24,11 @@ pub struct Assignment {
     /// Its reader takes tokens many at a time: nobody sees them before the answer is complete. Counts of tokens, for
     /// metrics and limits, lag by as many.
     pub in_batches: bool,
+}
+
+impl Assignment {
+    /// As a place is looked for.
+    pub fn asked(&self) -> Asked<'_> {
+        Asked { prompt: &self.prompt, generated: &self.generated, first_token: self.wanted }
+    }
 }

@@ -248,6 +248,29 @@ async fn what_misses_its_target_costs_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_left_until_the_first_token_is_wanted_is_what_it_may_take() {
+    let targets = Targets { ttft: Duration::from_secs(10), ..AMPLE };
+    let fleet = [("p", Role::Prefill, queued(3_800)), ("d", Role::Decode, running(0))];
+    let board = board(Settings { targets, ..PLAIN }, &fleet);
+    let cost = |left: Option<u64>| {
+        let first_token = left.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        let wanted = Wanted { first_token, ..Wanted::new(200, 64, "r1") };
+        board.look(&wanted).expect("a place").1.cost_micros as f64 / 1e6
+    };
+    let new = cost(None);
+    // It takes 2 s, each of which counts four times more if it is late.
+    for (left, late) in [(10, 0.0), (2, 0.0), (1, 1.0), (0, 2.0)] {
+        let more = cost(Some(left)) - new;
+        assert!((more - 4.0 * late).abs() < 0.5, "{left} s are left, and it costs {more} s more");
+    }
+    advance(Duration::from_secs(60)).await;
+    let overdue =
+        Wanted { first_token: Some(Instant::now() - Duration::from_secs(50)), ..Wanted::new(200, 64, "r1") };
+    let more = board.look(&overdue).expect("a place").1.cost_micros as f64 / 1e6 - new;
+    assert!((more - 8.0).abs() < 0.5, "what it is late already is the same everywhere: {more}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_pair_whose_handoffs_fail_is_passed_by() {
     let fleet =
         [("p0", Role::Prefill, queued(0)), ("p1", Role::Prefill, queued(0)), ("d", Role::Decode, running(0))];

@@ -68,7 +68,7 @@ impl House {
         let (tenant, now) = (Tenant::default(), Instant::now());
         let (ticket, place) = self.enter(priority)?;
         let request = &RequestId::generate();
-        let terms = WaitTerms { request, tenant: &tenant, first_token: now, deadline: now + deadline };
+        let terms = WaitTerms { request, tenant: &tenant, arrived: now, deadline: now + deadline };
         self.model.line.admit(&self.placer, ticket, place, prepared, terms).await
     }
 
@@ -191,6 +191,20 @@ async fn an_instance_that_is_coming_is_waited_for_in_line_and_not_for_long() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_request_has_waited_is_off_the_time_that_its_first_token_may_take() {
+    let house = house(1, 1);
+    let cost = |admitted: &Admission| admitted.bookings[0].booking.receipt.cost_micros;
+    let first = house.seat().await.expect("a seat");
+    let at_once = cost(&first);
+    let mut second = Box::pin(house.seat());
+    assert!(futures::poll!(&mut second).is_pending());
+    tokio::time::sleep(WITHIN - Duration::from_secs(1)).await;
+    drop(first);
+    let late = cost(&second.await.expect("the seat given back"));
+    assert!(late > at_once, "{late}, and {at_once} at once");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_nobody_could_hold_waits_for_nobody() {
     let house = house(1, 1);
     let tiny = Load { kv_blocks_total: 1, kv_blocks_free: 1, ..Load::default() };
@@ -201,7 +215,7 @@ async fn what_nobody_could_hold_waits_for_nobody() {
     let (tenant, now) = (Tenant::default(), Instant::now());
     let (ticket, place) = house.enter(0).expect("a place");
     let request = &RequestId::generate();
-    let terms = WaitTerms { request, tenant: &tenant, first_token: now, deadline: now + WITHIN };
+    let terms = WaitTerms { request, tenant: &tenant, arrived: now, deadline: now + WITHIN };
     let refused = house.model.line.admit(&house.placer, ticket, place, prepared, terms).await;
     assert_eq!(refused.err().expect("it is too large").code, ErrorCode::ContextLengthExceeded);
     assert!(house.seat().await.is_ok(), "its seat was given back");

@@ -126,6 +126,8 @@ impl Clock {
 /// A request that waits for room.
 struct Waiting {
     index: usize,
+    /// When its first token is wanted, as the coordinator has it.
+    first_token: Instant,
     tokens: u32,
     chains: [Chain; 1],
 }
@@ -213,7 +215,9 @@ impl Production {
         };
         let chains = [Chain { dialect: self.dialect, keys: keys.into() }];
         self.board.arrived(REVISION);
-        self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
+        let (index, now) = (sight.index, Instant::now());
+        let first_token = now + self.board.ttft_target(tokens);
+        self.waiting.push(wish, Waiting { index, first_token, tokens, chains }, now);
     }
 
     /// As a [`super::chooser::Chooser`]'s, and so are those below.
@@ -227,7 +231,8 @@ impl Production {
             let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
             let new = Wanted::new(prompt, MAX_TOKENS, REVISION);
             let among = if overdue { Among::Waiting } else { Among::Roomy };
-            match board.book(&Wanted { among, ..new }) {
+            let first_token = Some(waiting.first_token);
+            match board.book(&Wanted { among, first_token, ..new }) {
                 Ok(booked) => Some(booked),
                 Err(NoPlace::Busy) => None,
                 Err(error) => panic!("both roles are there, and no prompt is too long: {error}"),
