@@ -1,8 +1,9 @@
 //! What became of the handoffs that this coordinator asked for, by the pair of instances they went between.
 //!
 //! Told by [`crate::dispatch`], once for a request at most; read by [`crate::registration`] for the controller, and so for
-//! operators. The controller judges links by it; placement learns the same for itself, through its booking's `Credit`. It keeps
-//! as many links as the controller takes; one more, and the link that was used longest ago is forgotten.
+//! operators. The controller judges links by it; placement learns for itself, through its booking's `Credit`, and leaves aside
+//! what waited for room on decode. It keeps as many links as the controller takes; one more, and the link that was used longest
+//! ago is forgotten.
 
 use std::{
     collections::{BTreeMap, HashMap},

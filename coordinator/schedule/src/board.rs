@@ -331,7 +331,8 @@ impl Board {
             state.view.chosen(&part.instance, turn);
             state.renew(&part.instance, now);
         }
-        let credit = Credit { board: self.clone(), prefill, decode };
+        let decode_waits = matches!(&placement, Placement::Apart { decode, .. } if decode.waits);
+        let credit = Credit { board: self.clone(), prefill, decode, decode_waits };
         Ok(Booking { placement, receipt, credit, handed_on: among.handed_on_by().is_some() })
     }
 

@@ -161,6 +161,8 @@ pub struct Assignee {
     /// Tokens of the prompt that it is not expected to have cached, and the pairs of one of them and one before it.
     pub uncached_tokens: u64,
     pub uncached_pairs: u64,
+    /// It is predicted to wait there before it is begun with.
+    pub waits: bool,
 }
 
 /// Where a request goes.

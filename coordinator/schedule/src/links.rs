@@ -1,6 +1,7 @@
 //! How long decode waits for a cache after the first token, by the pair of instances that it went between. Pure.
 //!
-//! Told once for each handoff. A pair of which nothing is known is taken for one like all others, and what was learnt of one
+//! Told once for each handoff, but for those where decode had no room at once: they wait for others' answers, and would make
+//! the way to a busy instance look slow. A pair of which nothing is known is taken for one like all others, and what was learnt of one
 //! fades towards that while nothing new is heard, so that a pair that failed is tried again.
 
 use std::{collections::HashMap, time::Duration};

@@ -55,6 +55,8 @@ pub struct Credit {
     /// On the instance that prefills, or does everything.
     pub(super) prefill: Part,
     pub(super) decode: Option<Part>,
+    /// Decode was predicted to let it wait for a place, or for blocks: when it goes on says little of the way of the cache.
+    pub(super) decode_waits: bool,
 }
 
 impl Credit {
@@ -99,7 +101,7 @@ impl Credit {
 
     /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
     pub fn handoff_took(&self, took: Option<Duration>) {
-        if let Some(decode) = &self.decode {
+        if let Some(decode) = self.decode.as_ref().filter(|_| took.is_none() || !self.decode_waits) {
             let view = &mut self.board.state.lock().view;
             view.learn_handoff(&self.prefill.instance, &decode.instance, took, Instant::now());
         }

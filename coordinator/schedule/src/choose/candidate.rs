@@ -46,6 +46,7 @@ impl Candidate<'_> {
             blocks: blocks_wanted(self.row, ask, self.side, self.cached),
             uncached_tokens,
             uncached_pairs: attention_pairs(uncached_tokens, ask.prompt_tokens().into()),
+            waits: self.price.wait_micros > 0.0,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the formulas of [`crate::cost`] come to, seen through who is chosen.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use baton_proto::{Incarnation, InstanceId};
 use tokio::time::{Instant, advance};
@@ -284,6 +284,22 @@ async fn a_pair_whose_handoffs_fail_is_passed_by() {
     let avoid = [InstanceId::new(other(&first)).expect("a good id")];
     let left = board.book(&Wanted { avoid: &avoid, ..Wanted::new(10, 64, "r1") }).expect("a place");
     assert_eq!(left.credit.instance(Side::Prefill).as_str(), first, "it is taken where nobody else is");
+}
+
+#[tokio::test(start_paused = true)]
+async fn how_long_decode_lets_a_cache_wait_is_not_taken_for_the_way() {
+    let most = |most| Load { sequences_most: NonZeroU32::new(most), ..running(8) };
+    let full = Load { kv_blocks_total: 100, kv_blocks_free: 0, ..running(8) };
+    for (decode, learnt) in [(most(64), true), (most(8), false), (full, false)] {
+        let board = board(PLAIN, &[("p", Role::Prefill, queued(0)), ("d", Role::Decode, decode)]);
+        let booking = board.book(&Wanted::new(10, 64, "r1")).expect("a place");
+        let handoff = || placed(&board, 10).expect("a place").1.handoff_micros;
+        let before = handoff();
+        booking.credit.handoff_took(Some(Duration::from_millis(900)));
+        assert_eq!(handoff() != before, learnt, "{decode:?}");
+        booking.credit.handoff_took(None);
+        assert!(handoff() > before, "that it fails is learnt of each");
+    }
 }
 
 #[tokio::test(start_paused = true)]
