@@ -56,6 +56,23 @@ pub(crate) struct Price {
     in_line_micros: f64,
 }
 
+/// What decoding a request on an instance comes to.
+struct Steps {
+    /// Of each step with it in the batch.
+    step_micros: f64,
+    /// Of all of its own, and by how much it makes those of the others longer: as they count while the instance warms up.
+    own: f64,
+    others: f64,
+}
+
+/// Until decode begins.
+struct Waits {
+    /// Until few enough are decoded.
+    in_line_micros: f64,
+    /// Until it has blocks to begin with.
+    blocks_micros: f64,
+}
+
 /// What an instance decodes while it computes a prompt: nothing, if it is one of prefill.
 #[derive(Debug, Clone, Copy, Default)]
 struct Decoding {
@@ -134,34 +151,49 @@ impl Pricing<'_> {
 
     /// With so many tokens of the prompt there already, and so many that come from elsewhere; it stands still for so long.
     fn decode(&self, row: &Row, cached: u32, to_move: u32, still_micros: f64) -> Price {
+        let (Steps { step_micros, own, others }, waits) = (self.steps(row), self.waits(row, cached));
+        let late = step_micros - self.settings.targets.tpot_micros();
+        let late = f64::from(expected_tokens(self.ask)) * late.max(0.0);
+        let short = own * shortfall(row, self.ask, Side::Decode, cached);
+        let moved = f64::from(to_move) * row.spec.token_bytes as f64;
+        let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
+        let Waits { in_line_micros, blocks_micros } = waits;
+        let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
+        let wait_micros = in_line_micros.max(blocks_micros);
+        Price { micros, tpot_micros: step_micros, wait_micros, in_line_micros, ..Price::default() }
+    }
+
+    fn steps(&self, row: &Row) -> Steps {
         let ask = self.ask;
-        let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
-        let choices = f64::from(ask.wanted.choices);
-        let used = standing.blocks_used() as f64;
-        let (sequences, context) = (standing.batch() as f64, row.context_tokens());
+        let (expected, choices) = (f64::from(expected_tokens(ask)), f64::from(ask.wanted.choices));
         let added = choices * (f64::from(ask.prompt_tokens()) + expected / 2.0);
-        // What it waits for are others' answers; how long they take does not grow with what it is to be spared.
-        let answer = f64::from(ask.expected_tokens) * row.speed.step_micros(sequences, context);
-        let in_line_micros = answer * standing.turns_before(ask.wanted.choices);
-        let step = row.speed.step_micros(sequences + choices, context + added);
+        let (sequences, context) = (row.standing.batch() as f64, row.context_tokens());
+        let with = |sequences, context| row.speed.step_micros(sequences + choices, context + added);
         let share = self.share(row);
-        let (sequences, context) = (sequences / share, context / share);
-        let own = expected * row.speed.step_micros(sequences + choices, context + added);
-        let others = expected * sequences * row.speed.added_micros(choices, added);
+        Steps {
+            step_micros: with(sequences, context),
+            own: expected * with(sequences / share, context / share),
+            others: expected * (sequences / share) * row.speed.added_micros(choices, added),
+        }
+    }
+
+    /// What it waits for are others' answers; how long they take does not grow with what it is to be spared.
+    fn waits(&self, row: &Row, cached: u32) -> Waits {
+        let (ask, standing) = (self.ask, &row.standing);
+        let step = row.speed.step_micros(standing.batch() as f64, row.context_tokens());
+        let answer = f64::from(ask.expected_tokens) * step;
         // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
         // use are given back in about the time of an answer, and more than these will never be free.
         let first = blocks_for(row, ask.prompt_tokens().saturating_add(1));
         let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
-        let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
-        let blocks_micros = answer * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
-        let moved = f64::from(to_move) * row.spec.token_bytes as f64;
-        let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
-        let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
-        let short = own * shortfall(row, ask, Side::Decode, cached);
-        let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
-        let wait_micros = in_line_micros.max(blocks_micros);
-        Price { micros, tpot_micros: step, wait_micros, in_line_micros, ..Price::default() }
+        let missing = first.saturating_sub(standing.blocks_free.unwrap_or(first));
+        let used = standing.blocks_used();
+        let awaited = (missing.min(used) + standing.blocks_short) as f64;
+        Waits {
+            in_line_micros: answer * standing.turns_before(ask.wanted.choices),
+            blocks_micros: answer * awaited / used.max(1) as f64,
+        }
     }
 
     /// What is left of the time that the first token may take.

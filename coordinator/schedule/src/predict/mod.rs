@@ -200,7 +200,8 @@ impl Speeds {
             known.sequence_tokens = Some(since.context_tokens as f64 / since.decode_sequences as f64);
         }
         let kind = &mut self.kinds[kind];
-        let (prefill, decode) = samples(&since, load, step_tokens);
+        let prefill = prefill_sample(&since, load, step_tokens);
+        let decode = decode_sample(&since, load);
         if let Some((x, y)) = prefill {
             let expected = at(kind.speed.prefill, times(x, PREFILL_SCALE));
             let y = believed(y, expected, kind.learnt.prefill.is_new());
@@ -270,36 +271,34 @@ impl Kind {
 
 type Sample = Option<([f64; 3], f64)>;
 
-/// The mean of each kind of step since the last report: its features, scaled, and its time.
-fn samples(since: &Timed, load: &Load, step_tokens: f64) -> (Sample, Sample) {
-    let mean = |sum: u64, of: u64| sum as f64 / of as f64;
-    let prefill = (since.prefill_tokens > 0).then(|| {
-        let steps = match since.prefill_steps {
-            // An instance of an earlier version does not count them.
-            0 => (since.prefill_tokens as f64 / step_tokens).ceil(),
-            steps => steps as f64,
-        };
-        let mean = |sum: u64| sum as f64 / steps;
-        let (tokens, pairs) = (mean(since.prefill_tokens), mean(since.prefill_pairs));
-        ([tokens / PREFILL_SCALE[0], pairs / PREFILL_SCALE[1], 1.0], mean(since.prefill_micros))
-    });
-    let decode = (since.decode_steps > 0).then(|| {
-        let steps = since.decode_steps;
-        let sequences = mean(since.decode_sequences, steps) / DECODE_SCALE[1];
-        (
-            [1.0, sequences, mean(since.context_tokens, steps) / DECODE_SCALE[2]],
-            mean(since.decode_micros, steps),
-        )
-    });
-    if load.timed != Timed::default() {
-        return (prefill, decode);
+/// The mean step that computed prompts since the last report: its features, scaled, and its time.
+fn prefill_sample(since: &Timed, load: &Load, step_tokens: f64) -> Sample {
+    if load.timed == Timed::default() {
+        // An instance of an earlier version counts no steps, and says recent means alone.
+        let rate = load.prefill_tokens_per_second;
+        return (rate > 0).then(|| ([1.0, 0.0, 0.0], PREFILL_SCALE[0] * 1e6 / rate as f64));
     }
-    // An instance of an earlier version counts no steps, and says recent means alone.
-    let rate = load.prefill_tokens_per_second;
-    let prefill = (rate > 0).then(|| ([1.0, 0.0, 0.0], PREFILL_SCALE[0] * 1e6 / rate as f64));
-    let step = load.decode_step_micros;
-    let decode = (step > 0).then(|| ([1.0, f64::from(load.batch()) / DECODE_SCALE[1], 0.0], step as f64));
-    (prefill, decode)
+    let steps = match since.prefill_steps {
+        // One of a version between does not count these.
+        0 => (since.prefill_tokens as f64 / step_tokens).ceil(),
+        steps => steps as f64,
+    };
+    let mean = |sum: u64| sum as f64 / steps;
+    let (tokens, pairs) = (mean(since.prefill_tokens), mean(since.prefill_pairs));
+    let features = [tokens / PREFILL_SCALE[0], pairs / PREFILL_SCALE[1], 1.0];
+    (since.prefill_tokens > 0).then(|| (features, mean(since.prefill_micros)))
+}
+
+/// The same of those that decoded.
+fn decode_sample(since: &Timed, load: &Load) -> Sample {
+    if load.timed == Timed::default() {
+        let (step, sequences) = (load.decode_step_micros, f64::from(load.batch()));
+        return (step > 0).then(|| ([1.0, sequences / DECODE_SCALE[1], 0.0], step as f64));
+    }
+    let mean = |sum: u64| sum as f64 / since.decode_steps as f64;
+    let (sequences, context) = (mean(since.decode_sequences), mean(since.context_tokens));
+    let features = [1.0, sequences / DECODE_SCALE[1], context / DECODE_SCALE[2]];
+    (since.decode_steps > 0).then(|| (features, mean(since.decode_micros)))
 }
 
 /// A measurement, kept within reason of what was expected, unless nothing was.
