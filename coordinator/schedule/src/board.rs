@@ -44,8 +44,8 @@ struct State {
 }
 
 impl State {
-    fn rebuild(&mut self, now: Instant) {
-        self.view.rebuild(&self.fleet, &self.ledger, &self.speeds, now);
+    fn listed(&mut self, now: Instant) {
+        self.view.listed(&self.fleet, &self.ledger, &self.speeds, now);
     }
 
     fn renew(&mut self, id: &InstanceId, now: Instant) {
@@ -122,7 +122,7 @@ impl Board {
             let state = &mut *self.state.lock();
             let (changes, other) = state.fleet.list(specs, now);
             if other {
-                state.rebuild(now);
+                state.listed(now);
             }
             (changes, other)
         };
@@ -142,7 +142,7 @@ impl Board {
             }
         }
         if !changes.is_empty() {
-            state.rebuild(now);
+            state.listed(now);
         }
         changes
     }

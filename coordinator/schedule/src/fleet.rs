@@ -60,6 +60,13 @@ pub struct Spec {
     pub handoff_endpoint: String,
 }
 
+impl Spec {
+    /// Which instance it is, and what its peers follow from.
+    pub(crate) fn peers(&self) -> (&InstanceId, &str, &GroupName, &str, Protocols) {
+        (&self.id, &self.revision, &self.group, &self.layout, self.handoff_protocols)
+    }
+}
+
 impl From<&InstanceSpec> for Spec {
     fn from(spec: &InstanceSpec) -> Self {
         Self {

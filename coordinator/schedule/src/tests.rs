@@ -42,7 +42,7 @@ fn view(fleet: &Fleet, ledger: &Ledger) -> View {
         // Often enough to be believed.
         (0..50).for_each(|_| speeds.reported(&instance.spec, &instance.load(), Instant::now()));
     }
-    view.rebuild(fleet, ledger, &speeds, Instant::now());
+    view.listed(fleet, ledger, &speeds, Instant::now());
     view
 }
 

@@ -2,7 +2,10 @@
 //! rows that lie side by side.
 //!
 //! Made of what [`Fleet`], [`Ledger`] and [`Speeds`] know. [`crate::board`] renews a row when something about its instance
-//! changes, and all of them when instances come or go.
+//! changes, and all of them when the list of instances does; they are made anew only where instances have come or gone, or have
+//! other peers.
+
+mod class;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,9 +24,7 @@ use crate::{
     links::Links,
     predict::{Speed, Speeds},
 };
-
-/// Of what span of time the share is in which prefill is busy.
-const BUSY_SPAN: Duration = Duration::from_secs(30);
+pub use class::Class;
 
 /// An instance.
 #[derive(Debug, Clone)]
@@ -95,6 +96,13 @@ impl Row {
         self.is_prefill() && self.standing.queued_prefill_tokens > 0
     }
 
+    /// What its instance is has changed, if anything has.
+    fn is_now(&mut self, spec: &Spec) {
+        if *self.spec != *spec {
+            self.spec = Arc::new(spec.clone());
+        }
+    }
+
     fn renew(&mut self, fleet: &Fleet, instance: &Instance, ledger: &Ledger, speeds: &Speeds, now: Instant) {
         let load = instance.load();
         let duty = fleet.duty(instance);
@@ -113,48 +121,6 @@ impl Row {
         self.transfers = load.transfers;
         let Standing { queued_prefill_tokens: tokens, queued_prefill_pairs: pairs, .. } = self.standing;
         self.queue_micros = self.speed.prefill_micros(tokens as f64, pairs as f64);
-    }
-}
-
-/// Instances that can hand KV caches to each other, as they have them alike and speak a version.
-#[derive(Debug, Clone)]
-pub struct Class {
-    group: GroupName,
-    layout: String,
-    /// Of the handoff protocol, one of [`Protocols::meeting_points`]. Who speaks several is of several classes.
-    version: u32,
-    /// Instances that prefill, and those of them that have something to compute.
-    prefills: usize,
-    computing: usize,
-    /// The share of the latter, of late.
-    busy: f64,
-    at: Instant,
-}
-
-impl Class {
-    fn key(&self) -> (&GroupName, &str, u32) {
-        (&self.group, &self.layout, self.version)
-    }
-
-    /// How many of it prefill.
-    pub fn prefills(&self) -> usize {
-        self.prefills
-    }
-
-    fn count(&mut self, row: &Row) {
-        self.prefills += usize::from(row.is_prefill());
-        self.computing += usize::from(row.is_busy());
-    }
-
-    fn discount(&mut self, row: &Row) {
-        self.prefills -= usize::from(row.is_prefill());
-        self.computing -= usize::from(row.is_busy());
-    }
-
-    /// How many requests wait for a second of work, on average, while one more is computed: load / (1 - load), as in a line
-    /// before one counter.
-    pub fn waiting(&self, most: f64) -> f64 {
-        (self.busy / (1.0 - self.busy).max(1e-9)).min(most)
     }
 }
 
@@ -238,8 +204,29 @@ impl View {
         self.models.get(model)?.rows.get(row)
     }
 
+    /// The list of instances is another.
+    pub fn listed(&mut self, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+        if !self.is_of(fleet) {
+            return self.rebuild(fleet, ledger, speeds, now);
+        }
+        for (model, (_, instances)) in self.models.iter_mut().zip(fleet.models()) {
+            for (at, instance) in instances.values().enumerate() {
+                model.rows[at].is_now(&instance.spec);
+                model.renew(at, fleet, instance, ledger, speeds, now);
+            }
+            model.find_eldest();
+        }
+    }
+
+    /// Whether there are rows of just these instances, each with the peers that it has.
+    fn is_of(&self, fleet: &Fleet) -> bool {
+        let rows = self.models.iter().flat_map(|model| model.rows.iter().map(|row| row.spec.peers()));
+        let instances = fleet.models().flat_map(|(_, alike)| alike.values());
+        rows.eq(instances.map(|instance| instance.spec.peers()))
+    }
+
     /// Instances have come, gone, or changed what they are.
-    pub fn rebuild(&mut self, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+    fn rebuild(&mut self, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
         let mut old: HashMap<InstanceId, Row> = HashMap::new();
         let mut classes: HashMap<String, Vec<Class>> = HashMap::new();
         for model in self.models.drain(..) {
@@ -256,9 +243,7 @@ impl View {
                     self.numbers += 1;
                     Row::new(spec, self.numbers, now)
                 });
-                if *row.spec != *spec {
-                    row.spec = Arc::new(spec.clone());
-                }
+                row.is_now(spec);
                 row.classes = model.classes_of(spec);
                 row.renew(fleet, instance, ledger, speeds, now);
                 model.classes[row.classes.clone()].iter_mut().for_each(|class| class.count(&row));
@@ -274,13 +259,7 @@ impl View {
     pub fn renew(&mut self, id: &InstanceId, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
         let Some((model, row)) = self.places.get(id).copied() else { return };
         let (Some(model), Some(instance)) = (self.models.get_mut(model), fleet.get(id)) else { return };
-        let row = &mut model.rows[row];
-        let classes = &mut model.classes[row.classes.clone()];
-        classes.iter_mut().for_each(|class| class.discount(row));
-        let before = row.role;
-        row.renew(fleet, instance, ledger, speeds, now);
-        classes.iter_mut().for_each(|class| class.count(row));
-        if row.role != before {
+        if model.renew(row, fleet, instance, ledger, speeds, now) {
             model.find_eldest();
         }
     }
@@ -295,12 +274,7 @@ impl View {
     /// A request for this model has come: it finds some of the instances busy.
     pub fn arrived(&mut self, revision: &str, now: Instant) {
         let Some(model) = self.models.iter_mut().find(|model| model.revision == revision) else { return };
-        for class in &mut model.classes {
-            let found = class.computing as f64 / class.prefills.max(1) as f64;
-            let passed = now.saturating_duration_since(class.at).as_secs_f64() / BUSY_SPAN.as_secs_f64();
-            class.busy += (1.0 - (-passed).exp()) * (found - class.busy);
-            class.at = now;
-        }
+        model.classes.iter_mut().for_each(|class| class.arrived(now));
     }
 
     /// An instance has been chosen for the `turn`-th request.
@@ -363,9 +337,7 @@ impl Model {
             let before = &before;
             Protocols::meeting_points(ranges).into_iter().map(move |version| {
                 let same = before.iter().find(|class| class.key() == (group, layout, version));
-                let (busy, at) = same.map_or((0.0, now), |class| (class.busy, class.at));
-                let (group, layout) = (group.clone(), layout.to_owned());
-                Class { group, layout, version, prefills: 0, computing: 0, busy, at }
+                same.map_or_else(|| Class::new(group, layout, version, now), Class::emptied)
             })
         });
         Self {
@@ -374,6 +346,25 @@ impl Model {
             classes: classes.collect(),
             eldest: [None; 2],
         }
+    }
+
+    /// Makes one of its rows what its instance is now: whether its role is another.
+    fn renew(
+        &mut self,
+        at: usize,
+        fleet: &Fleet,
+        instance: &Instance,
+        ledger: &Ledger,
+        speeds: &Speeds,
+        now: Instant,
+    ) -> bool {
+        let row = &mut self.rows[at];
+        let classes = &mut self.classes[row.classes.clone()];
+        classes.iter_mut().for_each(|class| class.discount(row));
+        let before = row.role;
+        row.renew(fleet, instance, ledger, speeds, now);
+        classes.iter_mut().for_each(|class| class.count(row));
+        row.role != before
     }
 
     /// How long the peers of an instance have taken requests, at most.

@@ -114,3 +114,44 @@ fn what_is_left_of_an_answer_is_of_steps_of_those_that_are_decoded() {
     assert!(left(1) < left(4));
     assert_eq!(left(4), left(400));
 }
+
+#[tokio::test(start_paused = true)]
+async fn rows_are_made_anew_only_where_instances_come_or_go_or_have_other_peers() {
+    let board = Board::new(Duration::from_secs(60));
+    let (d, p) = (spec("d"), spec("p"));
+    let list = |specs: &[&Spec]| {
+        board.list(&specs.iter().map(|spec| (*spec).clone()).collect::<Vec<_>>(), Instant::now());
+    };
+    let rows = || board.state.lock().view.model("r1").map(|model| (model.rows.as_ptr(), model.rows.len()));
+    let row = |id| board.state.lock().view.row(id).cloned().expect("it is known");
+    list(&[&d, &p]);
+    for (spec, role) in [(&d, Role::Decode), (&p, Role::Prefill)] {
+        board.up(&spec.id, spec.incarnation, ready(role));
+    }
+    let before = (rows(), row(&d.id).number, row(&p.id).number);
+    let same = || (rows(), row(&d.id).number, row(&p.id).number) == before;
+    // It is not on the list any more, and then it is again.
+    list(&[&d]);
+    assert!(same() && row(&p.id).until.is_some() && row(&d.id).until.is_none());
+    list(&[]);
+    assert!(same() && row(&p.id).until.is_none() && row(&d.id).until.is_none(), "the controller is away");
+    list(&[&d, &p]);
+    assert!(same() && row(&p.id).until.is_none());
+    // Another process of it, elsewhere.
+    let again = Spec { incarnation: Incarnation(2), handoff_endpoint: "p:9".into(), ..p.clone() };
+    list(&[&d, &again]);
+    assert!(same() && *row(&p.id).spec == again && row(&p.id).role.is_none());
+    assert_eq!(board.can_serve("r1"), Err(NoPlace::NoPrefill));
+    board.up(&p.id, again.incarnation, ready(Role::Prefill));
+    assert_eq!(board.can_serve("r1"), Ok(()));
+    assert_eq!(board.state.lock().view.model("r1").map(|model| model.classes[0].prefills()), Some(1));
+    // Caches of another kind, another model, and one more.
+    let unlike = Spec { layout: "l2".into(), incarnation: Incarnation(3), ..p.clone() };
+    list(&[&d, &unlike]);
+    board.up(&p.id, unlike.incarnation, ready(Role::Prefill));
+    assert_eq!(board.can_serve("r1"), Err(NoPlace::NoDecode));
+    list(&[&d, &Spec { revision: "r2".into(), ..unlike }]);
+    assert_eq!(rows().map(|(_, many)| many), Some(1));
+    list(&[&d, &again, &spec("q")]);
+    assert_eq!((rows().map(|(_, many)| many), row(&p.id).number), (Some(3), before.2));
+}
