@@ -112,7 +112,7 @@ async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
 #[tokio::test(start_paused = true)]
 async fn where_nobody_can_be_sent_anything_a_request_asks_more_and_more_seldom() {
     let Two { placer, model, assignment } = two(Attachments::default());
-    let booked = placer.book(&model.served, &assignment.prompt, &[], &[], Among::All);
+    let booked = placer.book(&model.served, assignment.asked(), &[], Among::All);
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     let mut attempts = Attempts::new(placer, CARRY, model, Arc::default(), assignment);
     let again = attempts.again(refused.into()).expect("a refusal");
