@@ -29,7 +29,7 @@ mod refusal;
 mod turns;
 
 pub use body::Body;
-use budget::{Budget, Held};
+use budget::{Budget, Held, SHARE};
 pub use line::{Admission, Line, Permit, Spot, WaitTerms, Waits};
 pub use refusal::{RETRY_AFTER, Refusal};
 pub use turns::Turn;
@@ -37,6 +37,9 @@ use turns::Turns;
 
 /// Requests in the house beyond those that the lines hold: one that may outrank who waits is read before that is known.
 const OUTRANKING_MOST: usize = 64;
+
+/// What a tenant is told of whose bodies come too slowly for more of them.
+const STILL_SENT: &str = "too many requests are still being sent";
 
 /// Keeps the house.
 pub struct Gate {
@@ -65,13 +68,7 @@ impl Gate {
         Self {
             house: Arc::new(Semaphore::new(house)),
             turns: Turns::new(cores, limits.queue_timeout, &metrics.refusals, waiting),
-            reading: Budget::new(
-                house,
-                &Gauge::default(),
-                &metrics.refusals,
-                Refusal::House,
-                "too many requests are still being sent",
-            ),
+            reading: Budget::new(house, &Gauge::default(), &metrics.refusals, Refusal::House, STILL_SENT),
             bodies: body::budget(limits, metrics),
             prompts: Budget::new(
                 limits.max_held_prompt_bytes,
@@ -159,6 +156,11 @@ impl Gate {
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way. Where there is none
     /// the request leaves the house.
     pub fn body(&self, ticket: Ticket, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
+        // Rooms that are served, or wait in line, are in nobody's part of those.
+        let free = self.house.available_permits().saturating_sub(OUTRANKING_MOST);
+        if self.reading.held(&tenant.name) > SHARE.saturating_mul(free) {
+            return Err(Refusal::House.refuse(STILL_SENT, None, &self.refusals));
+        }
         let mut reading = self.reading.part(&tenant.name);
         reading.resize(1, 0)?;
         Body::new(ticket, reading, self.bodies.part(&tenant.name), announced, self.max_body_bytes)
@@ -239,13 +241,16 @@ mod tests {
         let metrics = Metrics::register(&mut Registry::default());
         let gate = Gate::new(&limits, 1, 2, &metrics);
         let of = |name: &str| Tenant { name: name.into(), ..Tenant::default() };
+        // Some are served, or wait in line.
+        let others: Vec<_> = (0..8).map(|_| gate.enter(|| None, || true).expect("room")).collect();
         let begun = |tenant: &Tenant| {
             let ticket = gate.enter(|| None, || true).expect("room");
             gate.body(ticket, Some(100), tenant)
         };
         let mut slow: Vec<_> = std::iter::from_fn(|| begun(&of("slow")).ok()).take(100).collect();
-        assert_eq!(slow.len(), 72, "eight ninths of 81");
-        assert!((0..4).all(|_| begun(&of("other")).is_ok()));
+        assert_eq!(slow.len(), 8, "eight ninths of what is left of 17");
+        assert!(begun(&of("other")).is_ok() && begun(&of("slow")).is_err());
+        drop(others);
         // What has come is in nobody's way.
         slow.iter_mut().for_each(Body::complete);
         assert!(begun(&of("slow")).is_ok());

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use crate::{
     Ask, Side,
+    fleet::Role,
     settings::Settings,
     view::{Model, Row},
 };
@@ -87,7 +88,11 @@ struct Decoding {
 impl Decoding {
     /// Of the instance of which `then` is the price to decode this one, too.
     fn beside(row: &Row, then: &Price) -> Self {
-        let batch = row.standing.batch() as f64;
+        // On a mixed instance those that wait are prompts, which stand still for nothing.
+        let batch = match row.role {
+            Some(Role::Mixed) => row.standing.batch().min(row.standing.running),
+            _ => row.standing.batch(),
+        } as f64;
         let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
         Self { batch, step_micros, in_line_micros: then.in_line_micros }
     }

@@ -140,6 +140,8 @@ impl From<&v1::InstanceLoad> for Timed {
 pub struct Load {
     /// Running and waiting.
     pub sequences: u32,
+    /// Of them those that run.
+    pub running: u32,
     /// Of them those that it decodes at a time, at most. `None`: it does not say.
     pub sequences_most: Option<NonZeroU32>,
     /// Requests that it lets wait beyond those. `None`: it does not say.
@@ -185,6 +187,7 @@ impl From<&v1::InstanceLoad> for Load {
     fn from(load: &v1::InstanceLoad) -> Self {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
+            running: load.running_sequences,
             sequences_most: NonZeroU32::new(load.max_sequences),
             step_tokens: NonZeroU32::new(load.max_batch_tokens),
             waiting_room: load.waiting_room,

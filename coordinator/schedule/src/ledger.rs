@@ -74,6 +74,8 @@ pub struct Standing {
     pub queued_prefill_pairs: u64,
     /// Running and waiting: also those whose cache is still to come, which take no place yet.
     pub sequences: u64,
+    /// Of them those that ran when it told.
+    pub running: u64,
     /// Of them those that it decodes at a time, at most. `None`: it does not say.
     pub sequences_most: Option<NonZeroU32>,
     /// Requests that it would still take on if none of those that it has not counted had started at once. `None`: it does not
@@ -323,6 +325,7 @@ impl Ledger {
             ),
             queued_prefill_pairs: sum(load.queued_prefill_pairs, unseen.prefill_pairs, over.prefill_pairs),
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
+            running: load.running.into(),
             sequences_most: load.sequences_most,
             waiting_room: load.waiting_room.map(|room| u64::from(room).saturating_sub(unseen.requests)),
             blocks_total: (total > 0).then_some(total),

@@ -15,7 +15,7 @@ use super::Refusal;
 use crate::metrics::Refusals;
 
 /// See the module: many requests of one tenant alone may have eight ninths, of each of two eight seventeenths.
-const SHARE: usize = 8;
+pub(super) const SHARE: usize = 8;
 
 /// See the module.
 pub(super) struct Budget {
@@ -84,6 +84,11 @@ impl Budget {
     /// nobody.
     pub(super) fn part(self: &Arc<Self>, tenant: &Arc<str>) -> Held {
         Held { bytes: 0, tenant: tenant.clone(), budget: self.clone() }
+    }
+
+    /// What a tenant has of it.
+    pub(super) fn held(&self, tenant: &Arc<str>) -> usize {
+        self.state.lock().held.get(tenant).copied().unwrap_or(0)
     }
 
     #[cfg(test)]

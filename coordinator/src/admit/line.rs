@@ -7,9 +7,11 @@
 //! finds the line full may stand beside it and be prepared, if somebody waits who gives way to it ([`Rank`]); and takes the
 //! place of that one, who is turned away, when it would wait itself.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+mod attend;
 
-use baton_proto::{ApiError, RequestId};
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::{ApiError, ErrorCode, RequestId};
 use baton_schedule::{
     Among, NoPlace, Placement, Receipt,
     queue::{self, Queue, Rank, Wish},
@@ -17,9 +19,10 @@ use baton_schedule::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
-    task::yield_now,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
+
+use attend::attend;
 
 use super::{Counted, Refusal, Ticket, at_once};
 use crate::{
@@ -29,14 +32,6 @@ use crate::{
     place::{Booked, Placer},
     prepare::{Prepared, PreparedPrompt, Served},
 };
-
-/// Those that wait are looked at no more often than this, and no less.
-const LOOK_LEAST: Duration = Duration::from_millis(1);
-const LOOK_MOST: Duration = Duration::from_millis(100);
-/// Placed in one go before others have their turn at the core; no longer than [`LOOK_LEAST`] either, once one is placed.
-const PLACED_AT_ONCE_MOST: usize = 64;
-/// Once nobody fits, others have it for so many times as long as it took to see that: in a large fleet, loads come all the time.
-const OTHERS_SHARE: u32 = 4;
 
 /// See the module.
 pub struct Line {
@@ -275,7 +270,13 @@ impl Line {
         // Whoever it was hears of it by that.
         drop(outranked);
         desk.changed.notify_one();
-        let (why, message) = match timeout_at(by, told).await {
+        let Some(told) = placer.closed.run_until_cancelled(timeout_at(by, told)).await else {
+            return Err(ApiError::new(
+                ErrorCode::Unavailable,
+                "this coordinator is shutting down: send it again, to another",
+            ));
+        };
+        let (why, message) = match told {
             Ok(Ok(bound)) => return bound.map_err(|reason| desk.error_of(reason)),
             Ok(Err(_)) => (Refusal::Outranked, "others who go before it came while the line was full"),
             Err(_) => {
@@ -298,47 +299,6 @@ fn work(prepared: &Prepared, expected_tokens: u32) -> f64 {
         f64::from(prompt.prompt_tokens()) + f64::from(prompt.sampling.choices) * answer
     };
     prepared.prompts.iter().map(of_prompt).sum()
-}
-
-/// Places those who wait, until nobody does.
-async fn attend(desk: Arc<Desk>, placer: Arc<Placer>) {
-    let _attending = Attending(&desk);
-    loop {
-        let mut freed = pin!(placer.board.freed());
-        freed.as_mut().enable();
-        let (began, mut placed, mut all) = (Instant::now(), 0, false);
-        while !all && placed < PLACED_AT_ONCE_MOST && (placed == 0 || began.elapsed() < LOOK_LEAST) {
-            all = !desk.place_next(&placer);
-            placed += usize::from(!all);
-        }
-        let took = began.elapsed();
-        if desk.is_left() {
-            return;
-        }
-        if !all {
-            yield_now().await;
-            continue;
-        }
-        let event = async {
-            tokio::select! {
-                () = freed => {}
-                () = desk.changed.notified() => {}
-            }
-        };
-        let _ = timeout(LOOK_MOST, event).await;
-        sleep(LOOK_LEAST.max(took * OTHERS_SHARE)).await;
-    }
-}
-
-/// If a bug ends it, the next who comes has the line attended to again.
-struct Attending<'a>(&'a Desk);
-
-impl Drop for Attending<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.state.lock().attended = false;
-        }
-    }
 }
 
 impl Desk {

@@ -25,7 +25,7 @@ pub struct LimitsConfig {
     /// choice; and for log probabilities until they are written, as many as are asked for (of a chat without `max_tokens` that is
     /// the context's rest): 96 bytes for each token of the answers, and 8 for each alternative; beyond 16 KiB of each request.
     /// What does not fit is refused with 429; of API keys those of the band `standard` leave an eighth to others, those of
-    /// `batch` a quarter, and tenants share it as they do `max_held_body_bytes`. Whole answers of more than 16 KiB are counted,
+    /// `batch` a quarter, and tenants share it as they do `max_held_body_bytes`. Whole answers longer than that are counted,
     /// too, until their clients have read them. At least eight times `max_body_bytes`.
     pub max_held_prompt_bytes: usize,
     /// How long a body may take to arrive before its request is refused with 408. More than 0s.

@@ -47,7 +47,7 @@ use crate::{
 
 /// What an answer writes into, before it grows: some events of a token each.
 const BUFFER_BYTES: usize = 1 << 10;
-/// Of a step that has more to tell, no more is written once it is so long: the rest when the client has taken that.
+/// A connection is given so much at a time. Of a step that has more to tell no other choice is written before that is taken.
 const SLICE_BYTES: usize = 64 << 10;
 
 /// What is written when there is nothing to tell.
@@ -127,6 +127,10 @@ struct Parts {
     deltas: Vec<Delta>,
     /// Written again at each step, after room for a chunk's head.
     out: Vec<u8>,
+    /// Up to where the connection has been given `out`, which is longer than a slice; 0: it is not.
+    given: usize,
+    /// The answer ends with `out`.
+    ends: bool,
     /// Where the text begins in `out`, if it has what each event of text alone begins with: the next is written from there.
     text_at: Option<usize>,
     opened: bool,
@@ -151,7 +155,9 @@ impl SseBody {
         let source = Source::Live(Box::new(streaming));
         let (opened, wrote, unsent, broken) = (false, false, false, false);
         let text_at = None;
-        let parts = Parts { voice, source, begun, deltas, out, text_at, opened, wrote, unsent, broken };
+        let (given, ends) = (0, false);
+        let parts =
+            Parts { voice, source, begun, deltas, out, given, ends, text_at, opened, wrote, unsent, broken };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
         let answer = Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered });
         Self { answer, silence: Silence { after: comment_after, timer: None } }
@@ -173,6 +179,7 @@ impl Unread for Answer {
             }
             (parts.begun, parts.unsent) = (None, false);
             (parts.deltas, parts.out, parts.text_at) = (Vec::new(), Vec::new(), None);
+            (parts.given, parts.ends) = (0, false);
             late
         };
         if let Some(late) = late {
@@ -238,8 +245,11 @@ impl Parts {
             Ok(usage) => self.voice.closing(out, &usage),
             Err(error) => self.voice.failure(out, &error),
         }
-        // Gives the seat back now, not when the client has read everything.
-        drop(self.source.end());
+        // Gives the seat back now, not when the client has read everything, unless that is long.
+        self.ends = self.out.len() > SLICE_BYTES;
+        if !self.ends {
+            drop(self.source.end());
+        }
     }
 
     fn write_text(voice: &Voice, out: &mut Vec<u8>, text_at: &mut Option<usize>, text: &mut String) {
@@ -261,27 +271,37 @@ impl Parts {
             }
             return Poll::Ready(Some(Err(Bug)));
         }
-        if mem::take(&mut self.unsent) {
-            return Poll::Ready(Some(Ok(self.written())));
+        if mem::take(&mut self.unsent) || self.given > 0 {
+            return Poll::Ready(Some(Ok(self.slice())));
         }
         loop {
             match ready!(self.poll(context)) {
                 None => return Poll::Ready(None),
                 // A text completion's opening is nothing: wait for more.
                 Some(()) if self.out.len() <= CHUNK_HEAD => {}
-                Some(()) => return Poll::Ready(Some(Ok(self.written()))),
+                Some(()) => return Poll::Ready(Some(Ok(self.slice()))),
             }
         }
     }
 
-    /// What was written last.
-    fn written(&self) -> Bytes {
-        Bytes::copy_from_slice(self.out.get(CHUNK_HEAD..).unwrap_or_default())
+    /// The next of what was written last.
+    fn slice(&mut self) -> Bytes {
+        let from = self.given.max(CHUNK_HEAD);
+        let to = self.out.len().min(from + SLICE_BYTES);
+        let slice = Bytes::copy_from_slice(self.out.get(from..to).unwrap_or_default());
+        self.given = if to < self.out.len() { to } else { 0 };
+        if self.given == 0 && from > CHUNK_HEAD {
+            (self.out, self.text_at) = (Vec::new(), None);
+        }
+        if self.given == 0 && mem::take(&mut self.ends) {
+            drop(self.source.end());
+        }
+        slice
     }
 
     /// Reads past the connection's task.
     fn read_past(&mut self, express: &Express, context: &mut Context<'_>) -> Past {
-        if self.broken || self.unsent || !express.is_free() {
+        if self.broken || self.unsent || self.given > 0 || !express.is_free() {
             return Past::Task;
         }
         // The attachment's task would else count what is polled here as its own work, and make it wait.
@@ -292,8 +312,8 @@ impl Parts {
             Poll::Ready(Some(())) => {
                 self.unsent = true;
                 // The connection's task ends the body, and sends the last of it along with that, and what follows in slices.
-                let ends = matches!(self.source, Source::Ended) || self.begun.is_some();
-                if ends { Past::Task } else { Past::Send }
+                let task = matches!(self.source, Source::Ended) || self.out.len() > SLICE_BYTES;
+                if task { Past::Task } else { Past::Send }
             }
         }
     }

@@ -57,13 +57,16 @@ impl Stream for Whole {
 
     fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let mut rest = self.0.lock();
-        let slice = match &mut *rest {
+        let (slice, last) = match &mut *rest {
             Rest::Read => return Poll::Ready(None),
             Rest::Late => return Poll::Ready(Some(Err(Late))),
-            Rest::Bytes { bytes, .. } if bytes.len() > SLICE_BYTES => bytes.split_to(SLICE_BYTES),
-            Rest::Bytes { bytes, .. } => std::mem::take(bytes),
+            Rest::Bytes { bytes, .. } => {
+                let slice = bytes.split_to(bytes.len().min(SLICE_BYTES));
+                // A connection that keeps it is not to keep all of the answer with it.
+                (Bytes::copy_from_slice(&slice), bytes.is_empty())
+            }
         };
-        if matches!(&*rest, Rest::Bytes { bytes, .. } if bytes.is_empty()) {
+        if last {
             *rest = Rest::Read;
         }
         Poll::Ready(Some(Ok(slice)))

@@ -222,7 +222,11 @@ async fn a_stream_goes_on_while_the_coordinator_drains_and_its_connection_closes
 
 #[tokio::test]
 async fn what_a_drain_has_no_more_time_for_is_told_so() {
-    let patient = |config: &mut CoordinatorConfig| config.carry.patience = Duration::from_secs(30);
+    let patient = |config: &mut CoordinatorConfig| {
+        (config.carry.patience, config.limits.placement_timeout) =
+            (Duration::from_secs(30), Duration::from_secs(30));
+        config.limits.max_concurrent = 2;
+    };
     let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], patient).await;
     let stream = cluster.chat(json!({"stream": true}));
     let leg = mixed.dispatch().await.leg;
@@ -231,6 +235,8 @@ async fn what_a_drain_has_no_more_time_for_is_told_so() {
     let whole = cluster.chat(json!({}));
     let leg = mixed.dispatch().await.leg;
     mixed.tokens(leg, 0, "b");
+    let waiting = cluster.chat(json!({}));
+    until("it waits in line", || cluster.service.metrics.queued.get() == 1).await;
     let service = cluster.shut_down().await;
     let body = timeout(PATIENCE, stream.text()).await.expect("ends in time").expect("is not cut");
     let events = events(&body);
@@ -241,6 +247,8 @@ async fn what_a_drain_has_no_more_time_for_is_told_so() {
     );
     let answer = timeout(PATIENCE, whole).await.expect("ends in time").expect("is answered");
     assert_eq!(answer.status(), 502);
+    let answer = timeout(PATIENCE, waiting).await.expect("ends in time").expect("is answered");
+    assert_eq!(answer.status(), 503);
     until("nothing is held", || service.metrics.in_flight.get() == 0).await;
 }
 

@@ -82,7 +82,7 @@ fn queued(tokens: u64) -> Load {
 }
 
 fn running(sequences: u32) -> Load {
-    Load { sequences, kv_blocks_total: 10_000, kv_blocks_free: 9_000, ..Load::default() }
+    Load { sequences, running: sequences, kv_blocks_total: 10_000, kv_blocks_free: 9_000, ..Load::default() }
 }
 
 #[tokio::test(start_paused = true)]
@@ -172,6 +172,14 @@ async fn a_prompt_on_a_mixed_instance_is_paid_for_by_those_that_it_holds_up() {
     // 2,000 tokens take 1,000 ms, and 1,500 where 1,000 are queued already: worth it if ten stand still for as long.
     assert_eq!(chosen(&board(PLAIN, &mixed(0)), 2_000), ["m"]);
     assert_eq!(chosen(&board(PLAIN, &mixed(10)), 2_000), ["p", "d"]);
+    // Those that wait there are prompts, which stand still for nothing.
+    let cost = |run| {
+        let (_, receipt) =
+            placed(&board(PLAIN, &[("m", Role::Mixed, Load { running: run, ..running(10) })]), 1_000)
+                .expect("a place");
+        receipt.cost_micros
+    };
+    assert!(cost(10) > cost(0) + 10 * 500_000);
     // 512 tokens for 256 ms in each of two chunks, and a step of four sequences beside each.
     let (_, receipt) = placed(&board(PLAIN, &[("m", Role::Mixed, running(3))]), 1_000).expect("a place");
     let ttft = receipt.cheapest[0].ttft_micros;

@@ -10,6 +10,7 @@ use baton_schedule::{
     },
 };
 
+use super::attend::{LOOK_LEAST, LOOK_MOST};
 use super::*;
 use crate::{
     admit::{Gate, RETRY_AFTER},

@@ -1,7 +1,7 @@
 //! How those who made a model would have its tokens chosen where nobody says otherwise.
 //!
 //! Read by both formats' readers, used by the coordinator, which knows what each value may be: servers are told of sampling with
-//! every request, and open a model whatever it suggests.
+//! every request, and open a model whatever numbers it suggests.
 
 use std::path::{Path, PathBuf};
 

@@ -80,6 +80,7 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
     Load {
         sequences: report.sequences,
+        running: report.sequences,
         sequences_most: NonZeroU32::new(report.sequences_most),
         step_tokens: NonZeroU32::new(Machine::NODE.chunk_tokens),
         waiting_room: None,
