@@ -65,7 +65,9 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         tracing::info!(model = %name, revision, %sampling, "model opened");
     }
 
-    let fleet = FleetWatch::start(store, FleetWatchConfig::default(), drained.clone(), &process.tasks);
+    let (fleet, following) = FleetWatch::new(store, FleetWatchConfig::default());
+    let until = drained.clone();
+    process.essential.keep("fleet", async move { _ = until.run_until_cancelled(following).await });
     let controllers = match config.store.controller.as_str() {
         "" => Controllers::Leader(fleet.subscribe()),
         only => Controllers::One(only.to_owned()),

@@ -94,25 +94,28 @@ pub struct FleetWatch {
 }
 
 impl FleetWatch {
-    /// Starts to follow, on `tasks`, until `shutdown`. Returns at once with an empty, stale snapshot.
+    /// An empty, stale snapshot, and what follows the store for as long as it is polled.
+    pub fn new(
+        store: Arc<dyn Store>,
+        config: FleetWatchConfig,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let empty = FleetSnapshot { stale_since: Some(Instant::now()), ..FleetSnapshot::default() };
+        let (publish, snapshots) = watch::channel(Arc::new(empty));
+        let view = View::new(config.reconfirm);
+        let follower = Follower { store, config, view, stale_since: Some(Instant::now()), publish };
+        (Self { snapshots }, follower.run())
+    }
+
+    /// Follows the store on `tasks`, until `shutdown`. Returns at once.
     pub fn start(
         store: Arc<dyn Store>,
         config: FleetWatchConfig,
         shutdown: CancellationToken,
         tasks: &TaskTracker,
     ) -> Self {
-        let empty = FleetSnapshot { stale_since: Some(Instant::now()), ..FleetSnapshot::default() };
-        let (publish, snapshots) = watch::channel(Arc::new(empty));
-        let view = View::new(config.reconfirm);
-        let follower = Follower { store, config, view, stale_since: Some(Instant::now()), publish };
-        tasks.spawn(async move {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => {}
-                () = follower.run() => {}
-            }
-        });
-        Self { snapshots }
+        let (watch, following) = Self::new(store, config);
+        tasks.spawn(async move { shutdown.run_until_cancelled(following).await });
+        watch
     }
 
     pub fn current(&self) -> Arc<FleetSnapshot> {

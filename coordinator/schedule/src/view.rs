@@ -143,6 +143,9 @@ pub struct View {
     places: HashMap<InstanceId, (usize, usize)>,
     numbers: u32,
     links: Links,
+    /// How often all rows were made anew.
+    #[cfg(test)]
+    pub(crate) rebuilds: usize,
 }
 
 impl View {
@@ -227,6 +230,10 @@ impl View {
 
     /// Instances have come, gone, or changed what they are.
     fn rebuild(&mut self, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+        #[cfg(test)]
+        {
+            self.rebuilds += 1;
+        }
         let mut old: HashMap<InstanceId, Row> = HashMap::new();
         let mut classes: HashMap<String, Vec<Class>> = HashMap::new();
         for model in self.models.drain(..) {
