@@ -53,7 +53,7 @@ pub fn assemble(
 ) -> Result<(Arc<Service>, Router), CoordinatorError> {
     let metrics = parts.metrics.register(Metrics::register);
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
-    let board = Board::with(config.fleet.absent_grace, config.placement.settings(rand::random()));
+    let board = Board::new(config.fleet.absent_grace, config.placement.settings(rand::random()));
     let attachments = Arc::new(Attachments::default());
     let breakers = Arc::new(Breakers::new(&metrics));
     let keeper = Keeper {

@@ -255,7 +255,8 @@ def apply_multi_node(namespace, *settings, components=()):
         namespace, "multi-node", ["baton-controller", "baton-coordinator", "baton-server", "baton-etcd"],
         smaller("StatefulSet", "baton-etcd", "250m", "64Mi"),
         smaller("Deployment", "baton-controller", "100m", "64Mi", *settings),
-        smaller("Deployment", "baton-coordinator", "100m", "128Mi"),
+        # Prompts are short: decode would compute them, and nothing be handed over.
+        smaller("Deployment", "baton-coordinator", "100m", "128Mi", "placement.local_prefill_tokens=0"),
         smaller("Deployment", "baton-server", "100m", "256Mi", "runtime.kv_cache_bytes=67108864"),
         components=components,
     )

@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{binary, eventually, metrics, model, process};
+use crate::{APART, binary, eventually, metrics, model, process};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
@@ -51,7 +51,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts `baton up` with `arguments` and waits until it serves the model that tests use.
+    /// Starts `baton up` with `arguments` and waits until it serves the model that tests use. Decode computes no prompts unless
+    /// the arguments say so.
     pub async fn start(arguments: &[&str]) -> Self {
         Self::start_with(&model(), arguments).await
     }
@@ -62,7 +63,7 @@ impl Cluster {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let screen = File::create(dir.path().join("up.log")).expect("a file in it");
         let up = Command::new(binary("baton"))
-            .args(["up", "--listen", "127.0.0.1:0", "--run-dir"])
+            .args(["up", "--listen", "127.0.0.1:0", "--set", &format!("coordinator.{APART}"), "--run-dir"])
             .arg(dir.path())
             .arg("--model")
             .arg(model)

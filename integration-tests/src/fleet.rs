@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    binary, chat, eventually, model,
+    APART, binary, chat, eventually, model,
     process::{self, Service, free_address},
 };
 
@@ -34,6 +34,12 @@ impl Build {
     /// In a folder with the services' programs.
     pub fn at(folder: &Path) -> Self {
         Self(folder.to_owned())
+    }
+
+    /// Whether a service of it has such a setting.
+    fn knows(&self, service: &str, key: &str) -> bool {
+        let reference = self.program(service).arg("--config-reference").output().expect("it starts");
+        String::from_utf8_lossy(&reference.stdout).contains(&format!("`{key}`"))
     }
 
     fn program(&self, service: &str) -> Command {
@@ -114,7 +120,12 @@ impl Fleet {
     pub fn coordinator(&mut self, name: &str) {
         let http = free_address();
         let mut command = self.build.program("coordinator");
-        let settings = [self.etcd.clone(), format!("listen={http}"), "admin_listen=127.0.0.1:0".to_owned()];
+        let own = [self.etcd.clone(), format!("listen={http}"), "admin_listen=127.0.0.1:0".to_owned()];
+        let known = |setting: &&str| {
+            setting.split_once('=').is_some_and(|(key, _)| self.build.knows("coordinator", key))
+        };
+        let settings: Vec<String> =
+            own.into_iter().chain([APART].into_iter().filter(known).map(str::to_owned)).collect();
         self.spawn(name, set(&mut command, &settings).arg("--model").arg(model()));
         self.url = format!("http://{http}");
     }

@@ -28,6 +28,9 @@ use std::{
 /// Longest that anything in a cluster may take to come about.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// A coordinator's setting, by which prompts as short as those of tests are computed by prefill, and handed over.
+pub const APART: &str = "placement.local_prefill_tokens=0";
+
 /// What `deploy/run test` has to provide.
 pub fn required(variable: &str) -> String {
     env::var(variable)

@@ -54,6 +54,19 @@ async fn apart_equals_mixed() {
     assert!(handed_off >= 2.0 * requests.len() as f64, "only {handed_off} caches crossed");
     apart.stop().await;
 
+    // As it is by default: what decode has, or what is short, it computes itself while it is not busy.
+    let default = "coordinator.placement.local_prefill_tokens=2048";
+    let either = Cluster::start(&["--prefill", "1", "--decode", "1", "--set", default]).await;
+    let mut local = Vec::new();
+    for request in &requests {
+        local.push(ask(either.url(), request).await);
+    }
+    let both = ask_all(either.url(), &requests).await;
+    let handed_over = either.server_metric("baton_server_transfers_out_total", "").await;
+    assert!(handed_over < requests.len() as f64, "{handed_over} of {} caches crossed", 2 * requests.len());
+    either.assert_nothing_held().await;
+    either.stop().await;
+
     let mixed = Cluster::start(&["--prefill", "1", "--decode", "0"]).await;
     assert_eq!(mixed.roles().await, ["mixed"]);
     let alone = ask_all(mixed.url(), &requests).await;
@@ -62,5 +75,7 @@ async fn apart_equals_mixed() {
     for (i, request) in requests.iter().enumerate() {
         assert_eq!(one_by_one[i], alone[i], "apart, one by one, against mixed: {request}");
         assert_eq!(together[i], alone[i], "apart, all together, against mixed: {request}");
+        assert_eq!(local[i], alone[i], "by decode, one by one, against mixed: {request}");
+        assert_eq!(both[i], alone[i], "by either, all together, against mixed: {request}");
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use baton_integration_tests::{
-    Cluster, binary,
+    APART, Cluster, binary,
     chat::{Events, ask, long_prompt, request},
     eventually, model,
     process::{self, Service, free_address},
@@ -110,7 +110,14 @@ impl Pair {
             command.args(["--set", &endpoints, "--listen", listen, "--admin-listen", admin]);
             // For a decode instance that is started again.
             command.args(["--set", &format!("id=at-{}", listen.replace(':', "-"))]);
-            command.args(["--set", "limits.placement_timeout=1m", "--set", "limits.linger=1s"]);
+            command.args([
+                "--set",
+                "limits.placement_timeout=1m",
+                "--set",
+                "limits.linger=1s",
+                "--set",
+                APART,
+            ]);
             command.arg("--model").arg(model());
             Service::start(&mut command, &dir.path().join(format!("{listen}.log")))
         });

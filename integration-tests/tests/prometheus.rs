@@ -10,7 +10,7 @@ use std::{
 };
 
 use baton_integration_tests::{
-    binary, chat, eventually, folder, metrics, model,
+    APART, binary, chat, eventually, folder, metrics, model,
     process::{Service, free_address},
     promql, required,
 };
@@ -70,6 +70,7 @@ impl Fleet {
                     format!("store.controller={controller}"),
                     format!("listen={at}"),
                     "admin_listen=127.0.0.1:0".into(),
+                    APART.into(),
                     format!("api_keys.file={}", self.dir.path().join("keys.toml").display()),
                 ],
             ),

@@ -1,5 +1,5 @@
-//! Who is measured, and how each of them is started: Baton's coordinator as it is, the others in their mode for prefill and
-//! decode apart, with their logs at warnings and everything else as they are by default.
+//! Who is measured, and how each of them is started: Baton's coordinator as it is, but that it hands every prompt over, the
+//! others in their mode for prefill and decode apart, with their logs at warnings and everything else as they are by default.
 
 use std::{
     fs::File,
@@ -170,6 +170,8 @@ pub(crate) async fn coordinator(
         "limits.max_connections=20000",
         "--set",
         "limits.max_concurrent=20000",
+        "--set",
+        "placement.local_prefill_tokens=0",
     ];
     let arguments = arguments.into_iter().map(str::to_owned).collect();
     start(program, arguments, (address, logs), Some(etcd))

@@ -78,12 +78,7 @@ pub struct Board {
 
 impl Board {
     /// `absent_grace`: see [`Fleet::new`].
-    pub fn new(absent_grace: Duration) -> Arc<Self> {
-        Self::with(absent_grace, Settings::default())
-    }
-
-    /// The same, as it is told to be.
-    pub fn with(absent_grace: Duration, settings: Settings) -> Arc<Self> {
+    pub fn new(absent_grace: Duration, settings: Settings) -> Arc<Self> {
         let state = State {
             fleet: Fleet::new(absent_grace),
             ledger: Ledger::default(),

@@ -1,64 +1,24 @@
 //! The choice itself: one walk over the rows of a model, then a look at the pairs of the best.
 
 mod candidate;
+mod walk;
 
 use std::collections::HashSet;
 
-use baton_proto::InstanceId;
 use tokio::time::Instant;
 
 use crate::{
-    Among, Ask, LeftAside, NoPlace, Placement, Receipt, RunnerUp, Side,
-    cost::{Price, Pricing, cached_tokens, expected_tokens, fits, lacks_places},
+    Ask, NoPlace, Placement, Receipt, RunnerUp, Side,
+    cost::{expected_tokens, fits, lacks_places},
     settings::{Policy, Settings},
-    view::{Class, Model, Row, View},
+    view::{Model, View},
 };
 
 use candidate::{Best, Candidate};
+use walk::{Found, Halves, Walk, mixed};
 
 /// Candidates for a part of the work that a receipt keeps, the best.
 const RECEIPT_MOST: usize = 4;
-
-/// The best of each role in a class.
-#[derive(Default)]
-struct Halves<'a> {
-    prefill: Best<'a>,
-    decode: Best<'a>,
-    /// Decode instances that would compute the prompt as well.
-    local: Best<'a>,
-}
-
-/// What the walk finds.
-struct Found<'a> {
-    whole: Best<'a>,
-    classes: Vec<Halves<'a>>,
-    /// Instances that are ready, and not left out.
-    ready: usize,
-    candidates: usize,
-    left_aside: LeftAside,
-}
-
-impl<'a> Found<'a> {
-    /// Takes for the only one to prefill who has computed it all, but for what lies in a block that is not full.
-    fn hands_on(&mut self, model: &'a Model, from: &InstanceId, ask: &Ask<'_>) {
-        let reached = |row: &&Row| row.spec.id == *from && row.role_epoch.is_some();
-        let Some(row) = model.rows.iter().find(reached) else { return };
-        let cached = ask.prompt_tokens().saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
-        let (price, full, rank, turn) = (Price::default(), false, 0.0, (row.chosen, 0));
-        for Halves { prefill, .. } in &mut self.classes[row.classes.clone()] {
-            prefill.roomy = true;
-            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, full, rank, turn });
-        }
-    }
-
-    /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
-    /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
-    fn has_room(&self, ask: &Ask<'_>) -> bool {
-        let pair = |halves: &Halves<'_>| is_of_one_token(ask) || halves.decode.roomy;
-        let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
-        self.whole.roomy || self.classes.iter().any(roomy)
-    }
-}
 
 /// A way to serve the request, and what it costs.
 #[derive(Clone, Copy)]
@@ -124,7 +84,8 @@ pub(crate) fn choose(
         return Err(nobody(view, ask, now));
     };
     let avoided = ask.wanted.avoid.iter().filter_map(|id| view.row(id)).map(|row| row.number);
-    let mut found = walk(model, ask, &avoided.collect::<Vec<_>>(), settings, now);
+    let avoided: Vec<u32> = avoided.collect();
+    let mut found = Walk::new(model, ask, &avoided, settings, now).found();
     if is_of_one_token(ask) {
         for prefill in found.classes.iter().flat_map(|halves| &halves.prefill.held) {
             let is = |held: &Candidate<'_>| held.row.number == prefill.row.number;
@@ -151,96 +112,6 @@ pub(crate) fn choose(
 /// One token is prefill's work alone: nothing is reserved, or handed over.
 fn is_of_one_token(ask: &Ask<'_>) -> bool {
     ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none()
-}
-
-/// `avoided`: the numbers of those that are left aside.
-fn walk<'a>(
-    model: &'a Model,
-    ask: &Ask<'_>,
-    avoided: &[u32],
-    settings: &Settings,
-    now: Instant,
-) -> Found<'a> {
-    let pricing = Pricing { ask, settings, model, now };
-    let mut found = Found {
-        whole: Best::default(),
-        classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
-        ready: 0,
-        candidates: 0,
-        left_aside: LeftAside::default(),
-    };
-    // How long it may wait where as many wait as may, and elsewhere.
-    let [room_of_full, room] = match ask.wanted.among {
-        Among::Roomy => [f64::NEG_INFINITY, settings.room.as_secs_f64() * 1e6],
-        Among::Waiting => [f64::NEG_INFINITY, f64::INFINITY],
-        Among::All | Among::PeersOf(_) => [f64::INFINITY; 2],
-    };
-    let predicted = settings.policy == Policy::Predicted;
-    let locally = settings.local_prefill && predicted && ask.wanted.among.handed_on_by().is_none();
-    for row in &model.rows {
-        if !row.is_usable(now) {
-            found.left_aside.away += 1;
-            continue;
-        }
-        if avoided.contains(&row.number) {
-            found.left_aside.avoided += 1;
-            continue;
-        }
-        found.ready += 1;
-        let side = match (row.side(), ask.wanted.among.handed_on_by()) {
-            (Some(Side::Whole | Side::Decode), Some(from)) if row.spec.id != *from => Side::Decode,
-            (Some(side), None) => side,
-            _ => continue,
-        };
-        let turn = (row.chosen, mixed(ask.turn, row.number));
-        let full = row.standing.waiting_room == Some(0);
-        let room_micros = if full { room_of_full } else { room };
-        let offered = fits(row, ask).then(|| {
-            let cached = cached_tokens(row, ask, side);
-            let price = pricing.price(row, side, cached);
-            let rank = rank(settings.policy, row, &price, turn.1);
-            Candidate { row, side, cached, price, full, rank, turn }
-        });
-        found.left_aside.full += u32::from(full);
-        found.candidates += usize::from(offered.is_some());
-        found.left_aside.too_small += u32::from(offered.is_none());
-        let classes = &mut found.classes[row.classes.clone()];
-        match side {
-            Side::Whole => found.whole.take(offered, room_micros),
-            Side::Prefill => classes.iter_mut().for_each(|halves| halves.prefill.take(offered, room_micros)),
-            Side::Decode => classes.iter_mut().for_each(|halves| halves.decode.take(offered, room_micros)),
-        }
-        if locally && side == Side::Decode && offered.is_some() {
-            let cached = cached_tokens(row, ask, Side::Whole);
-            if let Some(price) = pricing.local(row, cached) {
-                let rank = price.micros;
-                let candidate = Candidate { row, side: Side::Whole, cached, price, full, rank, turn };
-                classes.iter_mut().for_each(|halves| halves.local.take(Some(candidate), room_micros));
-            }
-        }
-    }
-    if let Some(from) = ask.wanted.among.handed_on_by() {
-        found.hands_on(model, from, ask);
-    }
-    found
-}
-
-/// Chance that is the same for everybody who asks: which of equals comes first differs from request to request.
-fn mixed(turn: u64, number: u32) -> u64 {
-    let mut mixed = turn.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(number) << 17);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
-fn rank(policy: Policy, row: &Row, price: &Price, chance: u64) -> f64 {
-    match policy {
-        Policy::Predicted => price.micros,
-        Policy::LeastLoad => row.standing.sequences as f64,
-        Policy::RoundRobin => row.chosen as f64,
-        // The two that come first are drawn by this; between them it is decided afterwards.
-        Policy::PowerOfTwo => chance as f64,
-    }
 }
 
 /// Of the two that were drawn whoever has room, and then whoever has fewer sequences.

@@ -37,10 +37,8 @@ const WAITING_MOST: f64 = 16.0;
 const LINK_BYTES_PER_MICROSECOND: f64 = 10_000.0;
 /// The share of its peers' work that an instance gets at once.
 const SHARE_LEAST: f64 = 0.1;
-/// A decode instance computes no prompt itself when less of its blocks is free, or when its steps are predicted to be this
-/// many times as long as they should.
+/// A decode instance computes no prompt itself when less of its blocks is free.
 const LOCAL_FREE_LEAST: f64 = 0.1;
-const LOCAL_TPOT_MOST: f64 = 1.5;
 
 /// A price, and what it follows from.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -53,8 +51,12 @@ pub(crate) struct Price {
     pub(crate) tpot_micros: f64,
     /// Until it is begun with.
     pub(crate) wait_micros: f64,
-    /// Of that, until fewer sequences are decoded there than may be at a time.
+    /// The first token would come later than it should.
+    pub(crate) late: bool,
+    /// Of the wait, until fewer sequences are decoded there than may be at a time.
     in_line_micros: f64,
+    /// Of all, what would not be lost if the prompt were computed there.
+    apart_micros: f64,
 }
 
 /// What decoding a request on an instance comes to.
@@ -122,15 +124,18 @@ impl Pricing<'_> {
         }
     }
 
-    /// All of it on a decode instance; `None`: it has too much to do.
-    pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
+    /// All of it on a decode instance of which `decode` is the price to go on from what another computes; `None`: it has too
+    /// much to do.
+    pub(crate) fn local(&self, row: &Row, cached: u32, decode: &Price) -> Option<Price> {
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
             (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
             _ => true,
         };
-        let price = self.price(row, Side::Whole, cached);
-        let steady = price.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
-        (room && steady).then_some(price)
+        let steady = decode.tpot_micros <= self.settings.targets.tpot_micros();
+        (room && steady).then(|| {
+            let then = Price { micros: decode.micros - decode.apart_micros, ..*decode };
+            both(self.prefill(row, Side::Whole, cached, Decoding::beside(row, &then)), then)
+        })
     }
 
     /// `decoding`: what goes on there beside it.
@@ -151,7 +156,7 @@ impl Pricing<'_> {
         // Of both parts on one instance decode pays for that.
         let short = if side == Side::Prefill { own * shortfall(row, self.ask, side, cached) } else { 0.0 };
         let micros = wait + (1.0 + waiting + batch) * own + between + short + LATE * late;
-        Price { micros, ttft_micros, wait_micros: row.queue_micros, ..Price::default() }
+        Price { micros, ttft_micros, wait_micros: row.queue_micros, late: late > 0.0, ..Price::default() }
     }
 
     /// With so many tokens of the prompt there already, and so many that come from elsewhere; it stands still for so long.
@@ -163,9 +168,17 @@ impl Pricing<'_> {
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let Waits { in_line_micros, blocks_micros } = waits;
-        let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
+        let apart_micros = moving + still_micros;
+        let micros = own + others + short + in_line_micros + apart_micros + LATE * late;
         let wait_micros = in_line_micros.max(blocks_micros);
-        Price { micros, tpot_micros: step_micros, wait_micros, in_line_micros, ..Price::default() }
+        Price {
+            micros,
+            tpot_micros: step_micros,
+            wait_micros,
+            in_line_micros,
+            apart_micros,
+            ..Price::default()
+        }
     }
 
     fn steps(&self, row: &Row) -> Steps {
@@ -225,9 +238,9 @@ fn both(first: Price, then: Price) -> Price {
     Price {
         micros: first.micros + then.micros,
         ttft_micros: first.ttft_micros,
-        tpot_micros: then.tpot_micros,
         wait_micros: first.wait_micros.max(then.wait_micros),
-        in_line_micros: then.in_line_micros,
+        late: first.late,
+        ..then
     }
 }
 

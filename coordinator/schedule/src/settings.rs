@@ -63,8 +63,9 @@ pub struct Settings {
     /// 0: the cheapest is taken. Above, others are as well, by chance: one that costs this share more than the cheapest is
     /// taken about 0.37 times as often.
     pub temperature: f64,
-    /// A prompt may be computed by decode itself where that costs less than to hand its cache over.
-    pub local_prefill: bool,
+    /// A decode instance may compute a prompt of which it has all but so many tokens at most, where that costs less than to hand
+    /// its cache over; a longer one only where prefill would be late. 0 = none.
+    pub local_prefill_tokens: u32,
     /// An instance that has just begun to take requests gets its full share of them only after this time.
     pub warm_up: Duration,
     pub targets: Targets,
@@ -83,7 +84,7 @@ impl Settings {
     pub const DEFAULT: Self = Self {
         policy: Policy::Predicted,
         temperature: 0.0,
-        local_prefill: false,
+        local_prefill_tokens: 2_048,
         warm_up: Duration::from_secs(30),
         targets: Targets {
             ttft: Duration::from_secs(1),
@@ -95,6 +96,9 @@ impl Settings {
         index_bytes: 256 << 20,
         index_every_tokens: 128,
     };
+
+    /// The same, but that every prompt is handed over.
+    pub const APART: Self = Self { local_prefill_tokens: 0, ..Self::DEFAULT };
 }
 
 impl Default for Settings {

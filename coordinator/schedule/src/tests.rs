@@ -49,7 +49,7 @@ fn view(fleet: &Fleet, ledger: &Ledger) -> View {
 const SETTINGS: Settings = Settings {
     warm_up: Duration::ZERO,
     targets: Targets { ttft: Duration::MAX, ttft_per_1k_tokens: Duration::ZERO, tpot: Duration::MAX },
-    ..Settings::DEFAULT
+    ..Settings::APART
 };
 
 fn placed(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<(Placement, Receipt), NoPlace> {
@@ -345,8 +345,8 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
 
 #[test]
 fn only_what_is_to_be_computed_is_on_the_ledger() {
-    let every_block = Settings { index_every_tokens: 0, ..Settings::DEFAULT };
-    let board = board::Board::with(Duration::from_secs(1), every_block);
+    let every_block = Settings { index_every_tokens: 0, ..Settings::APART };
+    let board = board::Board::new(Duration::from_secs(1), every_block);
     let (p, d) = (spec("p"), spec("d"));
     board.list(&[d.clone(), p.clone()], Instant::now());
     board.up(&p.id, p.incarnation, ready(Role::Prefill));
@@ -382,7 +382,7 @@ fn work_just_placed_turns_the_next_request_away() {
 
 #[test]
 fn equal_costs_take_turns_within_a_role_and_whoever_else_is_there() {
-    let board = board::Board::new(Duration::from_secs(1));
+    let board = board::Board::new(Duration::from_secs(1), Settings::APART);
     let names = ["d0", "d1", "p0", "p1", "p2", "x"];
     let specs: Vec<Spec> = names.iter().map(|id| spec(id)).collect();
     board.list(&specs, Instant::now());
@@ -406,7 +406,7 @@ fn equal_costs_take_turns_within_a_role_and_whoever_else_is_there() {
 
 /// How often each of these is taken, of 300 requests, each of which ends before the next.
 fn taken(settings: Settings, loads: &[(&str, Role, u32)]) -> Vec<u32> {
-    let board = board::Board::with(Duration::from_secs(1), settings);
+    let board = board::Board::new(Duration::from_secs(1), settings);
     let specs: Vec<Spec> = loads.iter().map(|(id, ..)| spec(id)).collect();
     board.list(&specs, Instant::now());
     for (of, (_, role, sequences)) in specs.iter().zip(loads) {
@@ -433,15 +433,14 @@ fn plain_policies_do_what_they_are_called() {
         ("p0", Role::Prefill, 3),
         ("p1", Role::Prefill, 0),
     ];
-    let by = |policy| taken(Settings { policy, ..Settings::DEFAULT }, &loads);
+    let by = |policy| taken(Settings { policy, ..Settings::APART }, &loads);
     assert_eq!(by(Policy::RoundRobin), [100, 100, 100, 150, 150]);
     assert_eq!(by(Policy::LeastLoad), [300, 0, 0, 0, 300]);
     // Of two of the three the emptier: d1 never, d0 in two of the three draws, and p1 whenever both are drawn.
     let two = by(Policy::PowerOfTwo);
     assert_eq!((two[1], two[4]), (0, 300));
     assert!((170..230).contains(&two[0]), "{two:?}");
-    let board =
-        board::Board::with(Duration::ZERO, Settings { policy: Policy::RoundRobin, ..Settings::DEFAULT });
+    let board = board::Board::new(Duration::ZERO, Settings { policy: Policy::RoundRobin, ..Settings::APART });
     board.list(&["d", "m", "p"].map(spec), Instant::now());
     for (id, role) in [("d", Role::Decode), ("m", Role::Mixed), ("p", Role::Prefill)] {
         board.up(&spec(id).id, Incarnation(1), ready(role));
@@ -449,7 +448,7 @@ fn plain_policies_do_what_they_are_called() {
     let alone =
         |_| matches!(board.book(&Wanted::new(1, 8, "r1")).map(|b| b.placement), Ok(Placement::Alone(_)));
     assert_eq!((0..10).filter(|turn| alone(*turn)).count(), 5, "a pair is one of two in turn");
-    let warm = Settings { temperature: 0.5, ..Settings::DEFAULT };
+    let warm = Settings { temperature: 0.5, ..Settings::APART };
     let drawn = taken(warm, &loads);
     assert!(drawn.iter().all(|times| *times > 0), "{drawn:?}");
     assert!(drawn[0] > drawn[1], "the cheaper is drawn more often: {drawn:?}");

@@ -46,8 +46,8 @@ fn choosers(setup: &Setup) -> Vec<Box<dyn Chooser>> {
     let (prefills, decodes) = (setup.prefills, setup.decodes);
     let peer = |rule: &Rule| Box::new(Peer::new(*rule, setup.machine, prefills, decodes)) as Box<dyn Chooser>;
     let mut choosers: Vec<_> = RULES.iter().map(peer).collect();
-    for (many, local_prefill) in [(1, false), (3, false), (1, true), (3, true)] {
-        let settings = Settings { local_prefill, ..setup.settings };
+    for (many, local_prefill_tokens) in [(1, 0), (3, 0), (1, 2_048), (3, 2_048)] {
+        let settings = Settings { local_prefill_tokens, ..setup.settings };
         choosers.push(Box::new(Coordinators::new(many, prefills, decodes, settings)));
     }
     choosers

@@ -3,6 +3,7 @@
 use baton_process::telemetry::TraceContext;
 use baton_proto::RequestId;
 use baton_schedule::{
+    Settings,
     board::Board,
     fleet::{
         Load, Role,
@@ -34,7 +35,7 @@ struct Two {
 }
 
 fn two(attachments: Attachments) -> Two {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (a, b) = (spec("a"), spec("b"));
     board.list(&[a.clone(), b.clone()], Instant::now());
     for spec in [&a, &b] {

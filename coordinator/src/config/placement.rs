@@ -22,9 +22,10 @@ pub struct PlacementConfig {
     /// more than the cheapest about 0.37 times as often.
     #[schemars(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
-    /// Whether a decode instance computes a prompt itself where that is predicted to cost less than to hand its cache over:
-    /// one that is short, or that it has cached, while its batch is small.
-    pub local_prefill: bool,
+    /// A decode instance computes a prompt itself (conditional disaggregation) if it has cached all but so many tokens of it at
+    /// most, that is predicted to cost less than to hand its cache over, and its steps are not predicted to take longer than
+    /// `tpot_target`; one that is longer only where prefill is predicted to be late with it. 0 = never.
+    pub local_prefill_tokens: u32,
     /// How long it takes until an instance that has just begun to take requests gets as many as others.
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
@@ -77,7 +78,7 @@ impl Default for PlacementConfig {
         let Settings {
             policy: _,
             temperature,
-            local_prefill,
+            local_prefill_tokens,
             warm_up,
             targets,
             room,
@@ -88,7 +89,7 @@ impl Default for PlacementConfig {
         Self {
             policy: PolicyName::default(),
             temperature,
-            local_prefill,
+            local_prefill_tokens,
             warm_up,
             ttft_target: targets.ttft,
             ttft_target_per_1k_tokens: targets.ttft_per_1k_tokens,
@@ -111,7 +112,7 @@ impl PlacementConfig {
                 PolicyName::RoundRobin => Policy::RoundRobin,
             },
             temperature: self.temperature,
-            local_prefill: self.local_prefill,
+            local_prefill_tokens: self.local_prefill_tokens,
             warm_up: self.warm_up,
             targets: Targets {
                 ttft: self.ttft_target,

@@ -10,8 +10,10 @@ use crate::scripted::{Cluster, until};
 async fn a_decode_instance_that_has_nothing_to_do_is_given_a_short_prompt_whole_if_it_may_be() {
     for local in [false, true] {
         let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
-        let (cluster, [mut prefill, mut decode]) =
-            Cluster::start(roles, |config| config.placement.local_prefill = local).await;
+        let (cluster, [mut prefill, mut decode]) = Cluster::start(roles, |config| {
+            config.placement.local_prefill_tokens = if local { 2_048 } else { 0 }
+        })
+        .await;
         let response = cluster.chat(json!({"max_tokens": 3}));
         let d = decode.dispatch().await;
         if local {

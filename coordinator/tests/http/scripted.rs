@@ -395,6 +395,8 @@ impl Cluster {
     ) -> Self {
         let tasks = TaskTracker::new();
         let mut config = CoordinatorConfig::default();
+        // Prompts are short, and their ways in two parts are what is tested.
+        config.placement.local_prefill_tokens = 0;
         config.fleet.reconnect_min = Duration::from_millis(5);
         config.fleet.reconnect_max = Duration::from_millis(20);
         config.limits.placement_timeout = Duration::from_millis(50);

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_integration_tests::{binary, eventually, model, process, tokens::Tokens};
+use baton_integration_tests::{APART, binary, eventually, model, process, tokens::Tokens};
 use baton_proto::v1::{self, Phase, Role, fleet_admin_client::FleetAdminClient};
 use rustix::process::Signal;
 use serde_json::json;
@@ -167,6 +167,10 @@ impl Fleet {
             Kind::Coordinator => {
                 let mut command = member.host.command(binary("baton-coordinator"));
                 command.arg("--model").arg(model());
+                // Of some coordinators decode computes prompts as well.
+                if index.is_multiple_of(2) {
+                    command.args(["--set", APART]);
+                }
                 set(
                     &mut command,
                     &[

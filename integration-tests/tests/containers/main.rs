@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_integration_tests::{authority::alert, binary, folder, model, required};
+use baton_integration_tests::{APART, authority::alert, binary, folder, model, required};
 use docker::{Container, Docker};
 use serde_json::Value;
 
@@ -155,6 +155,7 @@ fn coordinator(index: usize) -> Container {
         "https.client_ca_file=/secrets/clients-ca.crt".to_owned(),
         "api_keys.file=/secrets/keys.toml".to_owned(),
         "limits.linger=2s".to_owned(),
+        APART.to_owned(),
     ];
     let arguments = set(&[&own[..], &store("coordinator"), &tls("coordinator")].concat());
     let name = format!("coordinator-{index}");

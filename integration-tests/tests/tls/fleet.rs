@@ -7,6 +7,7 @@ use std::{
 };
 
 use baton_integration_tests::{
+    APART,
     authority::Authority,
     binary, eventually, model,
     process::{Service, free_address},
@@ -70,6 +71,7 @@ impl Fleet {
         fleet.spawn("baton-controller", "controller", "c-0", &[&own[..], settings].concat());
         let set = [
             "id=e-0",
+            APART,
             &format!("store.controller={controller}"),
             &format!("listen={http}"),
             &format!("admin_listen={coordinator}"),

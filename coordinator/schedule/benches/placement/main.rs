@@ -124,8 +124,8 @@ struct DecideArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Policy {
     Production,
-    /// With decode instances that may compute prompts themselves.
-    Local,
+    /// With decode instances that compute no prompt.
+    Apart,
     RoundRobin,
     LeastRequests,
     LeastLoad,
@@ -138,7 +138,7 @@ enum Policy {
 impl Policy {
     const ALL: [Self; 9] = [
         Self::Production,
-        Self::Local,
+        Self::Apart,
         Self::RoundRobin,
         Self::LeastRequests,
         Self::LeastLoad,
@@ -151,7 +151,7 @@ impl Policy {
     fn name(self) -> &'static str {
         match self {
             Self::Production => "baton",
-            Self::Local => "baton, local prefill",
+            Self::Apart => "baton, apart",
             Self::RoundRobin => "round robin",
             Self::LeastRequests => "least requests",
             Self::LeastLoad => "SMG least-load",
@@ -164,9 +164,11 @@ impl Policy {
 
     fn chooser(self, setup: &Setup) -> Box<dyn Chooser> {
         let rule = match self {
-            Self::Production | Self::Local => {
-                let Setup { coordinators, prefills, decodes, settings, .. } = *setup;
-                let settings = Settings { local_prefill: self == Self::Local, ..settings };
+            Self::Production | Self::Apart => {
+                let Setup { coordinators, prefills, decodes, mut settings, .. } = *setup;
+                if self == Self::Apart {
+                    settings.local_prefill_tokens = 0;
+                }
                 return Box::new(Coordinators::new(coordinators, prefills, decodes, settings));
             }
             Self::RoundRobin => Rule::RoundRobin,

@@ -131,7 +131,7 @@ fn ratios(runs: &Runs, cache_blocks: u32) -> String {
 pub(crate) fn faults(runs: &Runs) -> Vec<String> {
     let mut faults = Vec::new();
     let mut judged = 0;
-    let peers = compared(runs).filter(|(key, ..)| key.policy != Policy::Local);
+    let peers = compared(runs).filter(|(key, ..)| key.policy != Policy::Apart);
     for (key, ours, ahead) in peers.filter(|(_, ours, _)| JUDGED_LOADS.contains(&ours.load)) {
         judged += 1;
         for (what, ratio) in [("goodput", ahead.goodput), ("p99 TTFT", ahead.ttft_p99)] {

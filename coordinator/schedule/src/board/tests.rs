@@ -14,7 +14,7 @@ const FLEET: [(&str, Role); 4] =
 
 /// Who is taken of `there`, in the order of ids, if these are to be avoided.
 fn taken(there: &[&str], avoid: &[&str]) -> Vec<String> {
-    let board = Board::with(Duration::from_secs(1), Settings { local_prefill: false, ..Settings::default() });
+    let board = Board::new(Duration::from_secs(1), Settings::APART);
     let there: Vec<_> = FLEET.iter().filter(|(id, _)| there.contains(id)).collect();
     let specs: Vec<_> = there.iter().map(|(id, _)| spec(id)).collect();
     board.list(&specs, Instant::now());
@@ -45,7 +45,7 @@ fn handed_on_by(from: &InstanceId) -> Wanted<'_> {
 
 /// Who goes on with what this instance hands on, which drains, where these are there too.
 fn goes_on(from: &str, there: &[&str], avoid: &[&str]) -> Result<String, NoPlace> {
-    let board = Board::new(Duration::from_secs(1));
+    let board = Board::new(Duration::from_secs(1), Settings::APART);
     let there: Vec<_> = FLEET.iter().filter(|(id, _)| *id == from || there.contains(id)).collect();
     let specs: Vec<_> = there.iter().map(|(id, _)| spec(id)).collect();
     board.list(&specs, Instant::now());
@@ -69,7 +69,7 @@ fn who_drains_hands_on_to_whoever_decodes_and_to_nobody_else() {
     assert_eq!(goes_on("m", &["d"], &["d"]).as_deref(), Ok("d"), "it is taken where nobody else is");
     assert_eq!(goes_on("d", &["p0", "p1"], &[]), Err(NoPlace::NoDecode));
     // It drains no more: it is not handed what it has.
-    let board = Board::new(Duration::from_secs(1));
+    let board = Board::new(Duration::from_secs(1), Settings::APART);
     let d = spec("d");
     board.list(std::slice::from_ref(&d), Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
@@ -84,7 +84,7 @@ fn who_drains_hands_on_to_whoever_decodes_and_to_nobody_else() {
 
 #[tokio::test(start_paused = true)]
 async fn who_asks_for_a_place_again_and_again_has_come_once() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (d, p) = (spec("d"), spec("p"));
     board.list(&[d.clone(), p.clone()], Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
@@ -102,7 +102,7 @@ async fn who_asks_for_a_place_again_and_again_has_come_once() {
 
 #[test]
 fn what_is_left_of_an_answer_is_of_steps_of_those_that_are_decoded() {
-    let board = Board::new(Duration::from_secs(1));
+    let board = Board::new(Duration::from_secs(1), Settings::APART);
     let d = spec("d");
     board.list(std::slice::from_ref(&d), Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
@@ -117,7 +117,7 @@ fn what_is_left_of_an_answer_is_of_steps_of_those_that_are_decoded() {
 
 #[tokio::test(start_paused = true)]
 async fn rows_are_made_anew_only_where_instances_come_or_go_or_have_other_peers() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (d, p) = (spec("d"), spec("p"));
     let list = |specs: &[&Spec]| {
         board.list(&specs.iter().map(|spec| (*spec).clone()).collect::<Vec<_>>(), Instant::now());

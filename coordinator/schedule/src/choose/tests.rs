@@ -31,7 +31,7 @@ fn timed(reports: u64) -> Timed {
 
 /// These instances, which have served for long and report so.
 fn board(settings: Settings, instances: &[(&str, Role, Load)]) -> Arc<Board> {
-    let board = Board::with(Duration::from_secs(60), settings);
+    let board = Board::new(Duration::from_secs(60), settings);
     let specs: Vec<Spec> = instances.iter().map(|(id, ..)| spec_of(id)).collect();
     let mut sorted = specs.clone();
     sorted.sort_by(|a, b| a.id.cmp(&b.id));
@@ -75,7 +75,7 @@ const AMPLE: Targets = Targets {
     ttft_per_1k_tokens: Duration::ZERO,
     tpot: Duration::from_secs(1),
 };
-const PLAIN: Settings = Settings { warm_up: Duration::ZERO, targets: AMPLE, ..Settings::DEFAULT };
+const PLAIN: Settings = Settings { warm_up: Duration::ZERO, targets: AMPLE, ..Settings::APART };
 
 fn queued(tokens: u64) -> Load {
     Load { queued_prefill_tokens: tokens, kv_blocks_total: 10_000, kv_blocks_free: 9_000, ..Load::default() }
@@ -129,7 +129,7 @@ async fn a_step_is_of_all_that_is_attended_to_however_few_blocks_it_is_in() {
 
 #[tokio::test(start_paused = true)]
 async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_nobody() {
-    let local = Settings { local_prefill: true, ..PLAIN };
+    let local = Settings { local_prefill_tokens: 500, ..PLAIN };
     let fleet = |queue, batch| [("p", Role::Prefill, queued(queue)), ("d", Role::Decode, running(batch))];
     assert_eq!(chosen(&board(local, &fleet(0, 0)), 1), ["d"]);
     assert_eq!(chosen(&board(PLAIN, &fleet(0, 0)), 1), ["p", "d"], "unless it is not to");
@@ -137,6 +137,13 @@ async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_no
     assert_eq!(chosen(&board(local, &fleet(1_000, 4)), 100), ["d"]);
     assert_eq!(chosen(&board(local, &fleet(0, 4)), 100), ["p", "d"]);
     assert_eq!(chosen(&board(local, &fleet(1_000, 40)), 100), ["p", "d"]);
+    assert_eq!(chosen(&board(local, &fleet(9_000, 0)), 501), ["p", "d"], "it is too long");
+    // Prefill would be late with it: within 500 ms it is done, or it is not.
+    let ttft = Targets { ttft: Duration::from_millis(500), ..AMPLE };
+    let strict = Settings { targets: ttft, ..local };
+    assert_eq!(chosen(&board(strict, &fleet(300, 0)), 600), ["p", "d"]);
+    assert_eq!(chosen(&board(strict, &fleet(500, 0)), 600), ["d"]);
+    assert_eq!(chosen(&board(Settings { targets: ttft, ..PLAIN }, &fleet(500, 0)), 600), ["p", "d"]);
     // It has no room, or its steps are too long already.
     let full = Load { kv_blocks_free: 900, ..running(0) };
     assert_eq!(

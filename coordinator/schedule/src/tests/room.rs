@@ -35,7 +35,7 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     assert_eq!(roomy(&only), Err(NoPlace::NoDecode));
 
     for policy in [Policy::PowerOfTwo, Policy::LeastLoad, Policy::RoundRobin] {
-        let board = board::Board::with(Duration::from_secs(1), Settings { policy, ..Settings::DEFAULT });
+        let board = board::Board::new(Duration::from_secs(1), Settings { policy, ..Settings::APART });
         let all = ["a", "b", "c"].map(spec);
         board.list(&all, Instant::now());
         for of in &all {
@@ -52,7 +52,7 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     }
 
     let (wanted, board) =
-        (Wanted::new(100, 8, "r1"), board::Board::with(Duration::from_secs(1), Settings::DEFAULT));
+        (Wanted::new(100, 8, "r1"), board::Board::new(Duration::from_secs(1), Settings::APART));
     let all = [
         (spec("bad"), Role::Decode, room(None)),
         (spec("d"), Role::Decode, room(None)),
@@ -74,7 +74,7 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     assert!(next.cost_micros > receipt.cost_micros && receipt.cost_micros >= receipt.handoff_micros);
 
     // What has been sent there since counts at once, until it has told its load again.
-    let board = board::Board::with(Duration::from_secs(1), Settings::DEFAULT);
+    let board = board::Board::new(Duration::from_secs(1), Settings::APART);
     let mixed = spec("m");
     board.list(std::slice::from_ref(&mixed), Instant::now());
     board.up(&mixed.id, mixed.incarnation, ready(Role::Mixed));

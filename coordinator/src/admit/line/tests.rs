@@ -46,7 +46,7 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     let models = Models::new(vec![served()], &limits, &metrics).expect("one model");
     let settings = Settings { room: Duration::from_secs(1), ..Settings::default() };
-    let board = Board::with(Duration::from_secs(60), settings);
+    let board = Board::new(Duration::from_secs(60), settings);
     let only = spec("a");
     board.list(std::slice::from_ref(&only), Instant::now());
     board.up(&only.id, only.incarnation, ready(Role::Mixed));

@@ -7,7 +7,7 @@ use tokio::task::coop;
 
 use super::*;
 use baton_schedule::{
-    Wanted,
+    Settings, Wanted,
     board::Board,
     fleet::{
         Role,
@@ -17,7 +17,7 @@ use baton_schedule::{
 
 /// A request on a pair, as if its legs had been dispatched.
 fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
-    generation_on(&Board::new(Duration::from_secs(1)), deadline, handoffs)
+    generation_on(&Board::new(Duration::from_secs(1), Settings::APART), deadline, handoffs)
 }
 
 fn generation_on(board: &Arc<Board>, deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
@@ -171,7 +171,7 @@ async fn the_deadline_is_kept_though_a_turn_is_over() {
 
 #[tokio::test(start_paused = true)]
 async fn how_long_answers_are_is_learnt_of_those_that_a_stop_string_ends_too() {
-    let board = Board::new(Duration::from_secs(1));
+    let board = Board::new(Duration::from_secs(1), Settings::APART);
     let mut stopped = generation_on(&board, Duration::from_secs(600), &Arc::default());
     let expected = || board.expected_tokens("r1");
     let before = expected();

@@ -3,7 +3,7 @@
 use std::task::Waker;
 
 use baton_schedule::{
-    Side, Wanted,
+    Settings, Side, Wanted,
     board::{Board, Booking},
     fleet::{
         Role,
@@ -54,7 +54,7 @@ fn take_all(frames: &mut Frames) -> Vec<Ask> {
 
 #[tokio::test(start_paused = true)]
 async fn clients_that_all_leave_at_once_take_nobody_with_them() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (attachment, mut frames) = up(&board);
     let mut sent = Vec::new();
     for _ in 0..2100 {
@@ -79,7 +79,7 @@ async fn clients_that_all_leave_at_once_take_nobody_with_them() {
 
 #[tokio::test(start_paused = true)]
 async fn an_instance_that_reads_nothing_for_long_is_deaf() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (attachment, mut frames) = up(&board);
     take_all(&mut frames);
     tokio::time::advance(10 * UNREAD_MOST).await;
@@ -96,7 +96,7 @@ async fn an_instance_that_reads_nothing_for_long_is_deaf() {
 
 #[tokio::test(start_paused = true)]
 async fn an_instance_is_told_why_a_leg_is_dropped() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (attachment, mut frames) = up(&board);
     let reasons = |frames: &mut Frames| -> Vec<String> {
         let reason = |frame| if let Ask::Cancel(cancel) = frame { Some(cancel.reason) } else { None };
@@ -115,7 +115,7 @@ async fn an_instance_is_told_why_a_leg_is_dropped() {
 
 #[tokio::test(start_paused = true)]
 async fn legs_that_are_taken_from_a_stuck_instance_are_counted_with_what_is_cancelled() {
-    let board = Board::new(Duration::from_secs(60));
+    let board = Board::new(Duration::from_secs(60), Settings::APART);
     let (attachment, mut frames) = up(&board);
     let sent = [send(&board, &attachment), send(&board, &attachment)];
     take_all(&mut frames);

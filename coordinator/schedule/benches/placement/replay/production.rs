@@ -43,7 +43,7 @@ pub(crate) fn id(place: Place) -> InstanceId {
 
 /// A board on which all instances are up, and have not said how busy they are.
 pub(crate) fn board(prefills: usize, decodes: usize, settings: Settings) -> Arc<Board> {
-    let board = Board::with(Duration::from_secs(60), settings);
+    let board = Board::new(Duration::from_secs(60), settings);
     let places = (0..decodes).map(Place::Decode).chain((0..prefills).map(Place::Prefill));
     let places: Vec<Place> = places.collect();
     let specs: Vec<Spec> = places.iter().map(|place| spec(id(*place))).collect();
