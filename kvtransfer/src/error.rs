@@ -92,10 +92,10 @@ pub enum TransferError {
 }
 
 impl TransferError {
-    /// The code peers and clients are told, and the label under which aborts are counted.
+    /// The code peers and clients are told, and the label under which aborts are counted. What one node asks of another is no
+    /// client's doing, and so never an invalid argument, unless it is what a peer refused its part of the request for.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Invalid(_) | Self::WrongPeer { .. } => ErrorCode::InvalidArgument,
             Self::LayoutMismatch { .. } | Self::CannotReshard { .. } | Self::OtherProtocol(_) => {
                 ErrorCode::Unsupported
             }
@@ -109,7 +109,9 @@ impl TransferError {
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
             Self::NotNeeded(_) => ErrorCode::NotNeeded,
-            Self::OtherPrompt { .. }
+            Self::Invalid(_)
+            | Self::WrongPeer { .. }
+            | Self::OtherPrompt { .. }
             | Self::Unauthenticated
             | Self::DataPath(_)
             | Self::Protocol(_)
@@ -130,5 +132,26 @@ impl From<TransferError> for ApiError {
 impl From<&TransferError> for ApiError {
     fn from(error: &TransferError) -> Self {
         Self::new(error.code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_to_blame_for_no_transfer_but_one_that_its_request_ended() {
+        let instance = |id: &str| InstanceId::new(id).expect("a good id");
+        let own = [
+            TransferError::Invalid("the transfer has no offer".into()),
+            TransferError::WrongPeer { expected: instance("p"), found: instance("q") },
+        ];
+        for error in own {
+            assert_eq!(error.code(), ErrorCode::HandoffFailed, "{error}");
+        }
+        let asked = ApiError::new(ErrorCode::InvalidArgument, "n is 300, must be at most 256");
+        for error in [TransferError::PeerAborted(asked.clone()), TransferError::Refused(asked)] {
+            assert_eq!(error.code(), ErrorCode::InvalidArgument, "{error}");
+        }
     }
 }

@@ -60,7 +60,7 @@ pub(super) fn from_status(status: &Status) -> ApiError {
     }
     let code = match status.code() {
         tonic::Code::Unimplemented => ErrorCode::Unsupported,
-        tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition => ErrorCode::InvalidArgument,
+        tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition => ErrorCode::HandoffFailed,
         _ => ErrorCode::Unavailable,
     };
     ApiError::new(code, status.message())

@@ -178,7 +178,7 @@ async fn nobody_there() {
     spec.peer = "not a host".into();
     let mut outgoing = prefill.node.offer(spec).expect("room");
     let error = within("refusal", 10, outgoing.finished()).await.expect_err("no address");
-    assert_eq!(error.code(), ErrorCode::InvalidArgument);
+    assert_eq!(error.code(), ErrorCode::HandoffFailed);
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn another_start_of_the_peer_is_not_taken_for_the_one_meant() {
     spec.receiver = instance("decode-1");
     let mut outgoing = prefill.node.offer(spec).expect("room");
     let error = within("the refusal", 10, outgoing.finished()).await.expect_err("someone else");
-    assert_eq!(error.code(), ErrorCode::InvalidArgument);
+    assert_eq!(error.code(), ErrorCode::HandoffFailed);
 
     let id = TransferId::generate();
     let mut spec = expect_spec(id, &prefill.name, &TO);
@@ -308,6 +308,6 @@ async fn the_engines_mistakes_abort_and_say_so() {
         mistake(pair.outgoing.as_ref().expect("offered"));
         let error = pair.outgoing.as_mut().expect("offered").finished().await.expect_err("a mistake");
         assert!(error.to_string().contains(says), "{error}");
-        pair.ends(Some(ErrorCode::InvalidArgument), Some(ErrorCode::InvalidArgument)).await;
+        pair.ends(Some(ErrorCode::HandoffFailed), Some(ErrorCode::HandoffFailed)).await;
     }
 }

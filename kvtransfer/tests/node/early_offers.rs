@@ -59,7 +59,7 @@ async fn whoever_offers_first_does_not_shut_out_the_sender_that_is_expected() {
         assert!(decode.holds(6, &[9]));
         if let ("waits", Some(wrong)) = (what, &mut wrong) {
             let refusal = wrong.aborted().await;
-            assert_eq!(refusal.code(), v1::ErrorCode::InvalidArgument, "{refusal:?}");
+            assert_eq!(refusal.code(), v1::ErrorCode::HandoffFailed, "{refusal:?}");
         }
         decode.idle().await;
     }
@@ -217,7 +217,7 @@ async fn an_offer_from_the_wrong_peer_is_refused_and_the_right_one_still_welcome
         if !early {
             wrong.offer(id, 1, 1).await;
         }
-        assert_eq!(wrong.aborted().await.code(), v1::ErrorCode::InvalidArgument);
+        assert_eq!(wrong.aborted().await.code(), v1::ErrorCode::HandoffFailed);
         let prefill = Peer::start("prefill-0");
         let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[3])).expect("room");
         (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));

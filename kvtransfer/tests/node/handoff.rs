@@ -151,7 +151,7 @@ async fn blocks_in_use_are_not_lent_twice() {
         decode.node.expect(expect_spec(TransferId::generate(), &prefill.name, &[1, 2])).expect("free");
     for blocks in [&[2u32, 3][..], &[3, 3], &[BLOCKS]] {
         let error = decode.node.expect(expect_spec(TransferId::generate(), &prefill.name, blocks));
-        assert_eq!(error.expect_err("in use").code(), ErrorCode::InvalidArgument);
+        assert_eq!(error.expect_err("in use").code(), ErrorCode::HandoffFailed);
     }
     assert!(decode.node.offer(offer_spec(TransferId::generate(), &prefill, &[1])).is_err());
     assert_eq!(first.close().await, [1, 2]);
