@@ -48,5 +48,5 @@ pub enum ModelError {
     #[error(
         "{path}: {field} must be {expected}, got {value}; mend the file, or have `generation_config = \"openai\"` for this model"
     )]
-    Sampling { path: PathBuf, field: &'static str, value: f64, expected: String },
+    Sampling { path: PathBuf, field: &'static str, value: String, expected: String },
 }

@@ -62,31 +62,31 @@ impl SamplingDefaults {
     /// What a checkpoint suggests, and OpenAI's for the rest. A value that no request may have is an error: to pass over it, or
     /// to bend it, would be to serve another model than its makers meant.
     pub fn of(suggested: &SuggestedSampling) -> Result<Self, ModelError> {
-        let refused = |suggestion: Suggestion, expected| ModelError::Sampling {
+        let refused = |suggestion: &Suggestion, expected| ModelError::Sampling {
             path: suggested.path.clone(),
             field: suggestion.field,
-            value: suggestion.value,
+            value: suggestion.value.as_ref().map_or_else(String::clone, f64::to_string),
             expected,
         };
-        let within = |suggestion: Option<Suggestion>, default, bounds: Bounds| match suggestion {
+        let within = |suggestion: &Option<Suggestion>, default, bounds: Bounds| match suggestion {
             None => Ok(default),
-            Some(Suggestion { value, .. }) if bounds.contains(&value) => Ok(value as f32),
+            Some(Suggestion { value: Ok(value), .. }) if bounds.contains(value) => Ok(*value as f32),
             Some(outside) => Err(refused(outside, said(&bounds))),
         };
-        let whole = |value: f64| (value.fract() == 0.0).then_some(value as i64);
+        let whole = |value: &f64| (value.fract() == 0.0).then_some(*value as i64);
         let openai = Self::default();
         Ok(Self {
-            temperature: within(suggested.temperature, openai.temperature, TEMPERATURE)?,
-            top_p: within(suggested.top_p, openai.top_p, TOP_P)?,
-            top_k: match suggested.top_k {
+            temperature: within(&suggested.temperature, openai.temperature, TEMPERATURE)?,
+            top_p: within(&suggested.top_p, openai.top_p, TOP_P)?,
+            top_k: match &suggested.top_k {
                 None => openai.top_k,
-                Some(suggestion) => whole(suggestion.value)
+                Some(suggestion) => (suggestion.value.as_ref().ok().and_then(whole))
                     .and_then(top_k)
                     .ok_or_else(|| refused(suggestion, format!("a whole number, 0 (off) to {}", u32::MAX)))?,
             },
-            min_p: within(suggested.min_p, openai.min_p, MIN_P)?,
+            min_p: within(&suggested.min_p, openai.min_p, MIN_P)?,
             repetition_penalty: within(
-                suggested.repetition_penalty,
+                &suggested.repetition_penalty,
                 openai.repetition_penalty,
                 REPETITION_PENALTY,
             )?,
@@ -105,7 +105,7 @@ mod tests {
     }
 
     fn of(field: &'static str, value: f64) -> Option<Suggestion> {
-        Some(Suggestion { field, value })
+        Some(Suggestion { field, value: Ok(value) })
     }
 
     #[test]
@@ -129,7 +129,13 @@ mod tests {
     #[test]
     fn what_no_request_may_have_is_refused_by_file_and_field() {
         type Change = fn(&mut SuggestedSampling);
-        let cases: [(&str, &str, Change); 8] = [
+        let cases: [(&str, &str, Change); 10] = [
+            ("temperature", "0 to 2, got \"hot\"", |all| {
+                all.temperature = Some(Suggestion { field: "temperature", value: Err("\"hot\"".into()) })
+            }),
+            ("top_k", "a whole number, 0 (off) to 4294967295, got [20]", |all| {
+                all.top_k = Some(Suggestion { field: "top_k", value: Err("[20]".into()) })
+            }),
             ("temperature", "0 to 2, got 2.5", |all| all.temperature = of("temperature", 2.5)),
             ("temperature", "0 to 2, got NaN", |all| all.temperature = of("temperature", f64::NAN)),
             ("top_p", "0 to 1, got -0.1", |all| all.top_p = of("top_p", -0.1)),

@@ -33,6 +33,6 @@ pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
 pub use parts::Format;
 pub use root::{ModelRoot, RootedFile};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
-pub use sampling::{SuggestedSampling, Suggestion};
+pub use sampling::{Suggested, SuggestedSampling, Suggestion};
 pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};
 pub use tokenizer::{Around, GgmlTokenizer, TokenKind, TokenizerSource};

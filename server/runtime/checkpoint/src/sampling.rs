@@ -1,11 +1,11 @@
 //! How those who made a model would have its tokens chosen where nobody says otherwise.
 //!
 //! Read by both formats' readers, used by the coordinator, which knows what each value may be: servers are told of sampling with
-//! every request, and open a model whatever numbers it suggests.
+//! every request, and open a model whatever it suggests.
 
 use std::path::{Path, PathBuf};
 
-/// What a checkpoint suggests, as it stands there and within no bounds yet. `do_sample`, which vLLM passes over, too, and
+/// What a checkpoint suggests, as it stands there: within no bounds yet, and not even numbers for certain. `do_sample`, which vLLM passes over, too, and
 /// `max_new_tokens` are not among it: how long answers are is for requests and operators to say.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SuggestedSampling {
@@ -19,12 +19,15 @@ pub struct SuggestedSampling {
 }
 
 /// One value.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Suggestion {
     /// As the file calls it.
     pub field: &'static str,
-    pub value: f64,
+    pub value: Suggested,
 }
+
+/// What stands there; of what is no number, how it begins.
+pub type Suggested = Result<f64, String>;
 
 /// What a format calls them, in the order of [`SuggestedSampling`].
 pub(crate) type Fields = [&'static str; 5];
@@ -42,20 +45,9 @@ pub(crate) const GGUF: Fields = [
 
 impl SuggestedSampling {
     /// Reads them by `number`.
-    pub(crate) fn read<E>(
-        path: &Path,
-        fields: Fields,
-        number: impl Fn(&str) -> Result<Option<f64>, E>,
-    ) -> Result<Self, E> {
-        let suggested = |field| Ok(number(field)?.map(|value| Suggestion { field, value }));
-        let [temperature, top_p, top_k, min_p, repetition_penalty] = fields;
-        Ok(Self {
-            path: path.to_owned(),
-            temperature: suggested(temperature)?,
-            top_p: suggested(top_p)?,
-            top_k: suggested(top_k)?,
-            min_p: suggested(min_p)?,
-            repetition_penalty: suggested(repetition_penalty)?,
-        })
+    pub(crate) fn read(path: &Path, fields: Fields, number: impl Fn(&str) -> Option<Suggested>) -> Self {
+        let suggested = |field| number(field).map(|value| Suggestion { field, value });
+        let [temperature, top_p, top_k, min_p, repetition_penalty] = fields.map(suggested);
+        Self { path: path.to_owned(), temperature, top_p, top_k, min_p, repetition_penalty }
     }
 }

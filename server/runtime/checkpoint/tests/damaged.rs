@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use baton_checkpoint::{Checkpoint, CheckpointError, LayerWeight, Weight};
+use baton_checkpoint::{Checkpoint, CheckpointError, LayerWeight, Suggested, Weight};
 use files::{GgufWriter, config, gguf_model, safetensors, stored, write_hugging_face};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -98,7 +98,8 @@ fn what_a_model_suggests_for_sampling_is_told_as_its_file_has_it() {
             sampling.repetition_penalty,
         ];
         let name = sampling.path.file_name().map(|name| name.to_string_lossy().into_owned());
-        (name, all.map(|one| one.map(|one| (one.field, one.value))))
+        let number = |value: Suggested| value.expect("is a number");
+        (name, all.map(|one| one.map(|one| (one.field, number(one.value)))))
     };
     let directory = place.hugging_face();
     assert_eq!(told(directory), (None, [None; 5]));
@@ -108,9 +109,6 @@ fn what_a_model_suggests_for_sampling_is_told_as_its_file_has_it() {
     let expected =
         [Some(("temperature", 0.6)), None, Some(("top_k", 20.0)), None, Some(("repetition_penalty", 11.0))];
     assert_eq!(told(directory), (Some("generation_config.json".to_owned()), expected));
-    write(r#"{"min_p": "0.1"}"#);
-    let message = refusal(directory);
-    assert!(message.contains("generation_config.json") && message.contains("min_p"), "{message}");
     let gguf = gguf_model()
         .f32("general.sampling.temp", 0.5)
         .u32("general.sampling.top_k", 20)
@@ -125,8 +123,24 @@ fn what_a_model_suggests_for_sampling_is_told_as_its_file_has_it() {
         Some(("general.sampling.penalty_repeat", 1.5)),
     ];
     assert_eq!(told(&place.gguf(&gguf.finish())), (Some("tiny.gguf".to_owned()), expected));
-    let message = gguf_refusal(&gguf_model().text("general.sampling.temp", "warm"));
-    assert!(message.contains("general.sampling.temp"), "{message}");
+}
+
+/// Servers open it: they do not use it.
+#[test]
+fn what_is_suggested_need_not_be_a_number() {
+    let place = Place::new();
+    let temperature = |path: &Path| {
+        let checkpoint = Checkpoint::open(path).expect("opens");
+        checkpoint.sampling().temperature.clone().expect("is suggested").value
+    };
+    let directory = place.hugging_face();
+    for value in [r#""hot""#, "[0.6]", "true"] {
+        let text = format!(r#"{{"temperature": {value}}}"#);
+        fs::write(directory.join("generation_config.json"), text).expect("written");
+        assert_eq!(temperature(directory), Err(value.to_owned()));
+    }
+    let gguf = gguf_model().text("general.sampling.temp", "warm");
+    assert_eq!(temperature(&place.gguf(&gguf.finish())), Err("\"warm\"".to_owned()));
 }
 
 #[test]

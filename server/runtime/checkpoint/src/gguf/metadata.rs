@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use super::header::{Array, Fault, Value};
-use crate::{GgmlTokenizer, TokenKind, tokenizer::ENDINGS};
+use crate::{GgmlTokenizer, Suggested, TokenKind, tokenizer::ENDINGS};
 
 /// Typed access to metadata by key.
 pub(crate) struct Metadata<'a> {
@@ -35,12 +35,12 @@ impl<'a> Metadata<'a> {
     }
 
     pub(crate) fn f64(&self, key: &str) -> Result<Option<f64>, Fault> {
-        self.read(key, "a number", |value| match *value {
-            Value::Float(x) => Some(x),
-            Value::Unsigned(n) => Some(n as f64),
-            Value::Signed(n) => Some(n as f64),
-            _ => None,
-        })
+        self.read(key, "a number", number)
+    }
+
+    /// A number that need not be one.
+    pub(crate) fn suggested(&self, key: &str) -> Option<Suggested> {
+        self.values.get(key).map(|value| number(value).ok_or_else(|| Shown(value).to_string()))
     }
 
     pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>, Fault> {
@@ -142,6 +142,15 @@ impl<'a> Metadata<'a> {
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)
+    }
+}
+
+fn number(value: &Value<'_>) -> Option<f64> {
+    match *value {
+        Value::Float(x) => Some(x),
+        Value::Unsigned(n) => Some(n as f64),
+        Value::Signed(n) => Some(n as f64),
+        _ => None,
     }
 }
 

@@ -51,7 +51,7 @@ fn parse(file: &MappedFile, path: &Path) -> Result<Parts, Fault> {
         bos_token: text_of(tokenizer.bos),
         eos_token: text_of(tokenizer.eos),
         stop_token_ids: metadata.stop_token_ids(&tokenizer)?,
-        sampling: SuggestedSampling::read(path, sampling::GGUF, |key| metadata.f64(key))?,
+        sampling: SuggestedSampling::read(path, sampling::GGUF, |key| metadata.suggested(key)),
         tokenizer: crate::TokenizerSource::Ggml(Box::new(tokenizer)),
     })
 }

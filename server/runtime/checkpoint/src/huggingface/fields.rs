@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{CheckpointError, ModelRoot};
+use crate::{CheckpointError, ModelRoot, Suggested};
 
 /// The text of a file, if it is there.
 pub(super) fn read_text(root: &ModelRoot, path: &Path) -> Result<Option<String>, CheckpointError> {
@@ -74,6 +74,11 @@ impl JsonFile {
         self.read(field, "a number", Value::as_f64)
     }
 
+    /// A number that need not be one.
+    pub(super) fn suggested(&self, field: &str) -> Option<Suggested> {
+        self.get(field).map(|value| value.as_f64().ok_or_else(|| shown(value)))
+    }
+
     pub(super) fn bool(&self, field: &str) -> Result<Option<bool>, CheckpointError> {
         self.read(field, "true or false", Value::as_bool)
     }
@@ -89,10 +94,7 @@ impl JsonFile {
         convert: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, CheckpointError> {
         let Some(value) = self.get(field) else { return Ok(None) };
-        let wrong = || {
-            let shown: String = value.to_string().chars().take(64).collect();
-            self.damaged(field, format!("{shown} is not {kind}"))
-        };
+        let wrong = || self.damaged(field, format!("{} is not {kind}", shown(value)));
         convert(value).ok_or_else(wrong).map(Some)
     }
 
@@ -113,4 +115,9 @@ impl JsonFile {
             supported: supported.to_owned(),
         }
     }
+}
+
+/// A value short enough for a message.
+fn shown(value: &Value) -> String {
+    value.to_string().chars().take(64).collect()
 }

@@ -48,12 +48,12 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
         bos_token: tokens.bos,
         eos_token: tokens.eos,
         stop_token_ids: tokens.stop_ids,
-        sampling: generation.as_ref().map(suggested).transpose()?.unwrap_or_default(),
+        sampling: generation.as_ref().map(suggested).unwrap_or_default(),
     })
 }
 
-fn suggested(generation: &JsonFile) -> Result<SuggestedSampling, CheckpointError> {
-    SuggestedSampling::read(generation.path(), sampling::HUGGING_FACE, |field| generation.f64(field))
+fn suggested(generation: &JsonFile) -> SuggestedSampling {
+    SuggestedSampling::read(generation.path(), sampling::HUGGING_FACE, |field| generation.suggested(field))
 }
 
 fn lacks(directory: &Path, file: &str) -> CheckpointError {
