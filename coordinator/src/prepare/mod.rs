@@ -89,8 +89,8 @@ impl PreparedPrompt {
 }
 
 impl Prepared {
-    /// What is kept of its prompts and stop strings until it is answered, and may be of echoes and log probabilities before they
-    /// are written, in bytes.
+    /// What is kept of its prompts, biases and stop strings until it is answered, and may be of echoes and log probabilities
+    /// before they are written, in bytes.
     pub fn held_bytes(&self) -> usize {
         let of = |prompt: &PreparedPrompt| {
             let own = size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len();
@@ -100,7 +100,10 @@ impl Prepared {
             own.saturating_add(prompt.sampling.scored_bytes()).saturating_add(echoed)
         };
         let answers = self.prompts.iter().map(|prompt| prompt.sampling.choices as usize).sum();
-        self.prompts.iter().map(of).fold(self.stops.held_bytes(answers), usize::saturating_add)
+        // All prompts have the first one's.
+        let biases = self.prompts.first().and_then(|prompt| prompt.sampling.logit_bias.as_deref());
+        let shared = self.stops.held_bytes(answers) + biases.map_or(0, size_of_val);
+        self.prompts.iter().map(of).fold(shared, usize::saturating_add)
     }
 
     /// Of all prompts.

@@ -205,6 +205,19 @@ fn the_prompts_of_a_request_and_their_attempts_share_its_lists() {
 }
 
 #[test]
+fn biases_are_held_once_whatever_number_of_prompts_and_choices_they_are_for() {
+    let held = |prompt: &str, more: &str| {
+        let body = format!(r#"{{"model": "tiny", "prompt": {prompt}, "max_tokens": 1{more}}}"#);
+        text(&body).expect("is taken").held_bytes()
+    };
+    let biases: Vec<_> = (0..100).map(|token| format!(r#""{token}": 1"#)).collect();
+    let biases = format!(r#", "logit_bias": {{{}}}"#, biases.join(","));
+    for prompt in [r#""x""#, r#"["x", "y", "z"]"#] {
+        assert_eq!(held(prompt, &format!(r#"{biases}, "n": 2"#)) - held(prompt, ""), 100 * 8, "{prompt}");
+    }
+}
+
+#[test]
 fn stop_strings_are_held_once_and_their_matches_for_each_answer() {
     let held = |more: &str| {
         let body = format!(r#"{{"model": "tiny", "prompt": ["x", "y"], "max_tokens": 1{more}}}"#);
