@@ -1,12 +1,9 @@
 //! Weights of eight bits with a scale for each block, as DeepSeek V3 is published.
 
-#[allow(dead_code, reason = "the other tests need more of it")]
-mod files;
-
 use std::fs;
 
+use crate::small::{Stored, config, safetensors, stored, write_hugging_face};
 use baton_checkpoint::{Checkpoint, Dtype, LayerWeight, Weight};
-use files::{Stored, config, safetensors, stored, write_hugging_face};
 use tempfile::TempDir;
 
 const DOWN: &str = "model.layers.0.mlp.down_proj.weight";
