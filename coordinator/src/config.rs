@@ -141,7 +141,8 @@ impl Default for TextConfig {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FleetConfig {
-    /// For a connection and the instance's welcome on it. More than 0s.
+    /// For a connection and the instance's welcome on it, and then for the load by which it is placed on; without that it is taken
+    /// for idle. More than 0s.
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub connect_timeout: Duration,

@@ -195,12 +195,14 @@ async fn a_busy_instance_is_waited_for_and_the_receipt_says_how_long() {
 /// Waiters are woken by it as it comes, and would take it for idle.
 #[tokio::test]
 async fn an_instance_that_comes_back_is_given_nothing_before_it_has_told_its_load() {
-    let (cluster, mut mixed) = cluster(8, |config| {
-        config.placement.room = Duration::from_secs(1);
-        config.limits.placement_timeout = PATIENCE;
-    })
-    .await;
-    for tells in [true, false] {
+    // If it tells nothing that is not waited for for ever.
+    for (tells, waited_for) in [(true, PATIENCE), (false, Duration::from_millis(300))] {
+        let (cluster, mut mixed) = cluster(8, |config| {
+            config.placement.room = Duration::from_secs(1);
+            config.limits.placement_timeout = PATIENCE;
+            config.fleet.connect_timeout = waited_for;
+        })
+        .await;
         mixed.kill().await;
         until("it is known", || !cluster.can_serve()).await;
         let sent = queue(&cluster, "", "waits", json!({}), 1).await;
@@ -215,11 +217,10 @@ async fn an_instance_that_comes_back_is_given_nothing_before_it_has_told_its_loa
                 until("it is there", || cluster.can_serve()).await;
             }
         }
-        // If it tells nothing that is not waited for for ever.
         assert_eq!(serve(&mut mixed).await, "waits");
         assert_eq!(ends(sent).await.status(), 200);
+        cluster.at_rest().await;
     }
-    cluster.at_rest().await;
 }
 
 #[tokio::test]

@@ -42,8 +42,6 @@ const WORK_BETWEEN_TURNS: usize = 64;
 /// How long what an instance has cached is remembered when the stream to it has broken: longer than a busy one keeps the
 /// changes that would be missed.
 const MEMORY_KEPT: Duration = Duration::from_secs(60);
-/// How long an instance that has said welcome may take to tell its load, as it is to at first: it is placed on by that.
-const FIRST_LOAD_WITHIN: Duration = Duration::from_secs(2);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -64,11 +62,12 @@ struct Attached {
     cache: AbortOnDropHandle<()>,
 }
 
-/// Waits for the load of an instance that has said welcome; `None`: it does not tell it in time. `role` is renewed if that
-/// changes meanwhile.
+/// Waits for the load of an instance that has said welcome, as it is to be told at first; `None`: it is not within `patience`.
+/// `role` is renewed if that changes meanwhile.
 async fn first_load(
     inbound: &mut Streaming<v1::AttachResponse>,
     role: &mut v1::RoleChange,
+    patience: Duration,
 ) -> Result<Option<v1::InstanceLoad>, BreakReason> {
     let told = async {
         loop {
@@ -80,7 +79,7 @@ async fn first_load(
             }
         }
     };
-    timeout(FIRST_LOAD_WITHIN, told).await.unwrap_or(Ok(None))
+    timeout(patience, told).await.unwrap_or(Ok(None))
 }
 
 /// A bug that one message meets costs its stream, and not the instance until the coordinator is started again.
@@ -189,7 +188,7 @@ impl AttachTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
-        let load = first_load(&mut inbound, &mut role).await?;
+        let load = first_load(&mut inbound, &mut role, self.config.connect_timeout).await?;
         // Before it is placed on: what another process had is not its.
         self.forget_others(incarnation);
         let (instance, duty) = (&self.attachment.instance, Duty::from(&role));
