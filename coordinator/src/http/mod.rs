@@ -14,7 +14,7 @@ mod whole;
 use std::{any::Any, sync::Arc, time::Duration};
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Body,
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue, header},
@@ -77,7 +77,7 @@ async fn turned_away(request: Request) -> Response {
     let message = "this coordinator is shutting down and takes no new requests: send it again, to another";
     let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    with_id(response, &request_id(&head.headers))
+    response
 }
 
 /// Nothing under `/v1` is reached without a key where keys are asked for, not even what is not there. Handlers find the
@@ -98,23 +98,16 @@ async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next:
             next.run(request).await
         }
         Err(error) => {
-            let id = request_id(request.headers());
             if let Some(endpoint) = endpoint {
-                let span = tracing::info_span!("request", request_id = %id, route = endpoint.route());
+                let id = request.extensions().get::<RequestId>().map(tracing::field::display);
+                let span = tracing::info_span!("request", request_id = id, route = endpoint.route());
                 Report::new(service.metrics.clone(), endpoint.route(), arrived, span).failed(&error);
             }
             let (head, body) = request.into_parts();
             body::leave_unread(&head, body).await;
-            with_id(error_response(&error), &id)
+            error_response(&error)
         }
     }
-}
-
-fn with_id(mut response: Response, id: &RequestId) -> Response {
-    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
-        response.headers_mut().insert(X_REQUEST_ID, value);
-    }
-    response
 }
 
 /// A bug in a handler ends its request with an error of the usual shape, not with a cut connection.
@@ -123,23 +116,41 @@ fn guarded(routes: Router) -> Router {
         let message = "the request met a bug in the coordinator; its log says where";
         error_response(&ApiError::new(ErrorCode::Internal, message))
     };
-    routes.layer(ServiceBuilder::new().layer(CatchPanicLayer::custom(told)))
+    let guard = ServiceBuilder::new().layer(middleware::from_fn(identified));
+    routes.layer(guard.layer(CatchPanicLayer::custom(told)))
 }
 
-async fn chat(State(service): State<Arc<Service>>, request: Request) -> Response {
-    complete(service, Endpoint::Chat, request).await
+/// Handlers find the [`RequestId`] among the request's extensions, and clients in the answer, whatever that is.
+async fn identified(mut request: Request, next: Next) -> Response {
+    let id = request_id(request.headers());
+    let shown = HeaderValue::from_str(id.as_str());
+    request.extensions_mut().insert(id);
+    let mut response = next.run(request).await;
+    response.headers_mut().extend(shown.ok().map(|id| (X_REQUEST_ID, id)));
+    response
 }
 
-async fn text(State(service): State<Arc<Service>>, request: Request) -> Response {
-    complete(service, Endpoint::Text, request).await
+async fn chat(
+    State(service): State<Arc<Service>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Response {
+    complete(service, Endpoint::Chat, id, request).await
 }
 
-async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -> Response {
+async fn text(
+    State(service): State<Arc<Service>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Response {
+    complete(service, Endpoint::Text, id, request).await
+}
+
+async fn complete(service: Arc<Service>, endpoint: Endpoint, id: RequestId, request: Request) -> Response {
     let arrived = Instant::now();
     let (mut head, body) = request.into_parts();
     let caller: Caller = head.extensions.get().cloned().unwrap_or_default();
     let express = head.extensions.remove();
-    let id = request_id(&head.headers);
     let (route, key) = (endpoint.route(), caller.key_name());
     let span = tracing::info_span!("request", request_id = %id, route, api_key = tracing::field::Empty);
     if !key.is_empty() {
@@ -169,7 +180,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
     let answered = answered.instrument(span).await;
     let mut response = answered.unwrap_or_else(|error| error_response(&error));
     caller.tell(response.headers_mut(), Instant::now());
-    with_id(response, &id)
+    response
 }
 
 /// Writes the answer: a stream once its first token is there, JSON once it is complete.
@@ -222,21 +233,17 @@ pub(crate) fn request_id(headers: &HeaderMap) -> RequestId {
     theirs.filter(|id| !id.as_str().is_empty()).unwrap_or_else(RequestId::generate)
 }
 
-async fn models(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response {
-    with_id(reply::models(&service.models), &request_id(&headers))
+async fn models(State(service): State<Arc<Service>>) -> Response {
+    reply::models(&service.models)
 }
 
-async fn model(
-    State(service): State<Arc<Service>>,
-    headers: HeaderMap,
-    id: Result<Path<String>, PathRejection>,
-) -> Response {
+async fn model(State(service): State<Arc<Service>>, id: Result<Path<String>, PathRejection>) -> Response {
     let not_text = |_| ApiError::new(ErrorCode::ModelNotFound, "the model's name is not UTF-8");
     let found = id.map_err(not_text).and_then(|Path(id)| {
         let model = service.models.asked(Some(&id))?;
         Ok(reply::model(&model.served, &id))
     });
-    with_id(found.unwrap_or_else(|error| error_response(&error)), &request_id(&headers))
+    found.unwrap_or_else(|error| error_response(&error))
 }
 
 async fn wrong_path(request: Request) -> Response {
@@ -245,14 +252,14 @@ async fn wrong_path(request: Request) -> Response {
     let path = head.uri.path();
     let message =
         format!("there is nothing at {path}; see /v1/chat/completions, /v1/completions, /v1/models");
-    with_id(error_response(&ApiError::new(ErrorCode::NotFound, message)), &request_id(&head.headers))
+    error_response(&ApiError::new(ErrorCode::NotFound, message))
 }
 
 async fn wrong_method(request: Request) -> Response {
     let (head, body) = request.into_parts();
     body::leave_unread(&head, body).await;
     let message = format!("{} is not called with {}", head.uri.path(), head.method);
-    with_id(error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message)), &request_id(&head.headers))
+    error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message))
 }
 
 #[cfg(test)]
@@ -269,9 +276,10 @@ mod tests {
         }
         let buggy = get(bug);
         let routes = guarded(Router::new().route("/", buggy));
-        let request = Request::get("/").body(Body::empty()).expect("a request");
-        let response = routes.oneshot(request).await.expect("an answer");
+        let request = Request::get("/").header(X_REQUEST_ID, "mine").body(Body::empty());
+        let response = routes.oneshot(request.expect("a request")).await.expect("an answer");
         assert_eq!(response.status(), 500);
+        assert_eq!(response.headers()[X_REQUEST_ID], "mine");
         let body = axum::body::to_bytes(response.into_body(), 4096).await.expect("a body");
         let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
         assert_eq!(body["error"]["code"], "internal_error");
