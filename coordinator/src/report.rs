@@ -133,7 +133,7 @@ impl Report {
         self.last_token = now;
     }
 
-    /// The answer is complete; its longest choice has `longest` tokens.
+    /// The answer is complete and written; its longest choice has `longest` tokens.
     pub fn finished(&mut self, usage: &Usage, longest: u32) {
         let About { arrived, ttft_target, tpot_target, .. } = *self.about;
         if let Some(counts) = &self.counts {

@@ -200,11 +200,16 @@ async fn answer(
             voice.whole(&deltas, &usage)
         } else {
             let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
-            written.map_err(|error| {
-                tracing::error!(%error, "writing an answer panicked");
-                ApiError::new(ErrorCode::Internal, "the answer could not be written")
-            })?
+            match written {
+                Ok(written) => written,
+                Err(error) => {
+                    tracing::error!(%error, "writing an answer panicked");
+                    streaming.broke();
+                    return Err(ApiError::new(ErrorCode::Internal, "the answer could not be written"));
+                }
+            }
         };
+        streaming.written(&usage);
         return Ok(whole::respond(service, streaming, written));
     }
     let first = match timeout(HEAD_PATIENCE, streaming.step(&mut deltas)).await {

@@ -242,7 +242,12 @@ impl Parts {
         }
         let Step::End(end) = step else { return };
         match end {
-            Ok(usage) => self.voice.closing(out, &usage),
+            Ok(usage) => {
+                self.voice.closing(out, &usage);
+                if let Source::Live(streaming) = &mut self.source {
+                    streaming.written(&usage);
+                }
+            }
             Err(error) => self.voice.failure(out, &error),
         }
         // Gives the seat back now, not when the client has read everything, unless that is long.

@@ -37,7 +37,7 @@ pub use reading::{Delta, Reading, ScoredToken};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     More,
-    /// Every choice's last delta has been given.
+    /// Every choice's last delta has been given. That it was is to be told by [`Streaming::written`].
     End(Result<Usage, ApiError>),
 }
 
@@ -97,7 +97,7 @@ impl Streaming {
         // What came before a failure is given to the client, too.
         self.count();
         match end {
-            Poll::Ready(Ok(())) => return Poll::Ready(self.finish()),
+            Poll::Ready(Ok(())) => return Poll::Ready(Step::End(Ok(self.usage()))),
             Poll::Ready(Err(error)) => {
                 self.holds.report.failed(&error);
                 self.give_up(CancelReason::RequestFailed);
@@ -127,6 +127,12 @@ impl Streaming {
     /// Whose request it is.
     pub fn tenant(&self) -> Tenant {
         self.holds.call.tenant()
+    }
+
+    /// All of the answer has been written.
+    pub fn written(&mut self, usage: &Usage) {
+        let longest = self.lanes.iter().flat_map(Lane::consumed).max().unwrap_or(0);
+        self.holds.report.finished(usage, longest);
     }
 
     /// Ends an answer that met a bug.
@@ -166,14 +172,11 @@ impl Streaming {
         }
     }
 
-    fn finish(&mut self) -> Step {
-        let usage = Usage {
+    fn usage(&self) -> Usage {
+        Usage {
             prompt_tokens: self.lanes.iter().map(Lane::prompt_tokens).sum(),
             completion_tokens: self.lanes.iter().flat_map(Lane::consumed).sum(),
             cached_tokens: self.lanes.iter().map(Lane::cached_tokens).fold(0, u32::saturating_add),
-        };
-        let longest = self.lanes.iter().flat_map(Lane::consumed).max().unwrap_or(0);
-        self.holds.report.finished(&usage, longest);
-        Step::End(Ok(usage))
+        }
     }
 }

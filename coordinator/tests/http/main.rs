@@ -2,6 +2,7 @@
 
 mod answers;
 mod bodies;
+mod bugs;
 mod choices;
 mod coordinators;
 mod drains;
