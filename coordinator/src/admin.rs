@@ -83,7 +83,8 @@ impl v1::request_admin_server::RequestAdmin for Admin {
             Some(Lookup::Ended(card)) => (card, true),
             None => {
                 let message = format!(
-                    "request {id:?} does not run here, nor is it one of the last {ENDED_KEPT} that have ended here"
+                    "request {id:?} does not run here, nor is it one of the last {ENDED_KEPT} that have ended here, or of as many \
+                     that were refused before they had a place"
                 );
                 return Err(ApiError::new(ErrorCode::NotFound, message).into());
             }
@@ -171,13 +172,18 @@ fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
+/// With the code that the client was told, too.
+fn told(error: &ApiError) -> String {
+    format!("{}: {error}", error.code.name())
+}
+
 fn view(card: &Card) -> v1::RequestView {
     let view = v1::RequestView {
         request_id: card.request.to_string(),
         completion_tokens: card.completion_tokens(),
         age_millis: millis(card.arrived),
         api_key: card.api_key.to_string(),
-        error: card.error().map(ToString::to_string).unwrap_or_default(),
+        error: card.error().map(told).unwrap_or_default(),
         ..Default::default()
     };
     match card.stage() {

@@ -1,7 +1,8 @@
 //! The requests this coordinator carries, for operators.
 //!
-//! Every request has a [`Card`] from arrival to its end, with why it was placed where it was; [`crate::admin`] shows them.
-//! Those of the last [`ENDED_KEPT`] that have ended are kept for the question that comes afterwards.
+//! Every request of a caller who is known has a [`Card`] from arrival to its end, with why it was placed where it was, or
+//! refused; [`crate::admin`] shows them. Those of the last that have ended are kept for the question that comes afterwards:
+//! [`ENDED_KEPT`] that were placed, and as many that were not, so that whoever sends what is refused pushes out no other's.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,7 +30,7 @@ pub enum Stage {
     Placed { model: Arc<str>, prompt_tokens: u32, prefill: InstanceId, decode: InstanceId },
 }
 
-/// Cards of ended requests that are kept.
+/// Cards of ended requests that are kept, of those that were placed and of the others.
 pub const ENDED_KEPT: usize = 1024;
 /// Placings that a card keeps, the last ones.
 const PLACINGS_KEPT: usize = 8;
@@ -97,6 +98,10 @@ impl Card {
         self.error.get()
     }
 
+    fn was_placed(&self) -> bool {
+        !self.placings.lock().kept.is_empty()
+    }
+
     /// Where it was placed and why, in order, and how many earlier ones are not kept.
     pub fn placings(&self) -> (Vec<Placing>, u32) {
         let placings = self.placings.lock();
@@ -104,12 +109,33 @@ impl Card {
     }
 }
 
+/// Cards of requests that have ended, the oldest first.
+#[derive(Debug, Default)]
+struct Ended {
+    placed: VecDeque<Arc<Card>>,
+    never_placed: VecDeque<Arc<Card>>,
+}
+
+impl Ended {
+    fn keep(&mut self, card: Arc<Card>) {
+        let kept = if card.was_placed() { &mut self.placed } else { &mut self.never_placed };
+        if kept.len() >= ENDED_KEPT {
+            kept.pop_front();
+        }
+        kept.push_back(card);
+    }
+
+    /// The one that came last.
+    fn find(&self, is: impl FnMut(&&Arc<Card>) -> bool) -> Option<Arc<Card>> {
+        self.placed.iter().chain(&self.never_placed).filter(is).max_by_key(|card| card.arrived).cloned()
+    }
+}
+
 /// All cards.
 #[derive(Debug, Default)]
 pub struct Roster {
     cards: Mutex<HashMap<u64, Arc<Card>>>,
-    /// The oldest first.
-    ended: Mutex<VecDeque<Arc<Card>>>,
+    ended: Mutex<Ended>,
     next: AtomicU64,
 }
 
@@ -149,9 +175,7 @@ impl Roster {
     pub fn find(&self, request: &str) -> Option<Lookup> {
         let is = |card: &&Arc<Card>| card.request.as_str() == request;
         let running = self.list().iter().rev().find(is).cloned();
-        running
-            .map(Lookup::Running)
-            .or_else(|| self.ended.lock().iter().rev().find(is).cloned().map(Lookup::Ended))
+        running.map(Lookup::Running).or_else(|| self.ended.lock().find(is).map(Lookup::Ended))
     }
 }
 
@@ -205,10 +229,6 @@ impl CardGuard {
 impl Drop for CardGuard {
     fn drop(&mut self) {
         self.roster.cards.lock().remove(&self.key);
-        let mut ended = self.roster.ended.lock();
-        if ended.len() >= ENDED_KEPT {
-            ended.pop_front();
-        }
-        ended.push_back(self.card.clone());
+        self.roster.ended.lock().keep(self.card.clone());
     }
 }

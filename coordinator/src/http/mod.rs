@@ -160,16 +160,17 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, id: RequestId, requ
     sent.adopt(&span);
     let mut report = Report::new(service.metrics.clone(), route, arrived, span.clone());
     let answered = async {
+        let card = service.roster.enter(id.clone(), arrived, key);
+        report.shown(card.card());
         let (call, ticket) = match service.enter(&caller, arrived) {
             Ok(entered) => entered,
             Err(error) => {
                 report.failed(&error);
+                drop(card);
                 body::leave_unread(&head, body).await;
                 return Err(error);
             }
         };
-        let card = service.roster.enter(id.clone(), arrived, key);
-        report.shown(card.card());
         let read = body::read(&service, &call.tenant(), ticket, &head.headers, body).await;
         let body = read.inspect_err(|error| report.failed(error))?;
         // The client's own goes on where traces are not exported.

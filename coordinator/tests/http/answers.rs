@@ -1,10 +1,14 @@
 //! Requests that go well, and how their answers look.
 
 use crate::scripted::{Cluster, answer, chat_text, events, prompt_of, until};
-use baton_coordinator::{CoordinatorConfig, requests::Stage};
+use baton_coordinator::{
+    CoordinatorConfig,
+    requests::{ENDED_KEPT, Stage},
+};
 use baton_process::access::Access;
-use baton_proto::v1;
+use baton_proto::{RequestId, v1};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use v1::{FinishReason, dispatch::Work};
 
 #[tokio::test]
@@ -329,6 +333,13 @@ async fn operators_are_told_what_a_request_waits_for_and_why_one_was_refused() {
     let place = waiting.place.expect("there is somebody");
     assert_eq!((place.prefill_instance.as_str(), place.candidates, place.prompt_tokens), ("m", 1, 18));
     assert_eq!((place.cheapest.len(), told.placements.len()), (1, 0));
+    // Before it is read.
+    let refused = cluster.chat(json!({})).await.expect("ends");
+    let turned_away = refused.headers()["x-request-id"].to_str().expect("an id").to_owned();
+    assert_eq!(refused.status(), 429);
+    let told = explain(&turned_away).await.request.expect("named");
+    assert_eq!(told.stage, "ended");
+    assert!(told.error.starts_with("queue_full: too many requests are waiting"), "{}", told.error);
 
     mixed.finish(served.leg, 0, "a", FinishReason::Length);
     assert_eq!(first.await.expect("ends").status(), 200);
@@ -342,8 +353,15 @@ async fn operators_are_told_what_a_request_waits_for_and_why_one_was_refused() {
     let id = refused.headers()["x-request-id"].to_str().expect("an id").to_owned();
     assert_eq!(refused.status(), 400);
     let told = explain(&id).await.request.expect("named");
-    assert_eq!((told.stage.as_str(), told.error.contains("max_tokens")), ("ended", true), "{}", told.error);
+    assert_eq!(told.stage, "ended");
+    assert!(told.error.starts_with("invalid_value: max_tokens"), "{}", told.error);
     cluster.at_rest().await;
+    // Whatever is refused afterwards, who was served is known.
+    for _ in 0..=ENDED_KEPT {
+        drop(roster.enter(RequestId::adopt("refused"), Instant::now(), std::sync::Arc::default()));
+    }
+    assert!(roster.find(&id).is_none() && roster.find(&turned_away).is_none());
+    assert_eq!(explain(&served.request_id).await.placements.len(), 1);
 }
 
 /// What the scripted instances hold of a token: its logarithm is minus its byte over 100, and the next byte is likelier.
