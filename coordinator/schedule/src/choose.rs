@@ -64,6 +64,11 @@ impl<'a> Way<'a> {
         }
     }
 
+    /// Whether a decode instance computes the prompt.
+    fn is_local(&self) -> bool {
+        matches!(self, Self::Alone(alone) if alone.row.side() == Some(Side::Decode))
+    }
+
     fn numbers(&self) -> [u32; 2] {
         self.pair().map(|candidate| candidate.row.number)
     }
@@ -97,7 +102,7 @@ pub(crate) fn choose(
     let Some((way, runner_up)) = chosen(view, &found, ask, settings, now) else {
         return Err(lack(&found, model, ask));
     };
-    if !found.has_room(ask) {
+    if !found.has_room(&way, ask) {
         return Err(NoPlace::Busy);
     }
     let placement = match &way {
@@ -109,7 +114,7 @@ pub(crate) fn choose(
     Ok((placement, receipt(&found, &way, runner_up, ask, settings)))
 }
 
-/// One token is prefill's work alone: nothing is reserved, or handed over.
+/// One token is the work of one instance: nothing is reserved on another, or handed over.
 fn is_of_one_token(ask: &Ask<'_>) -> bool {
     ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none()
 }
@@ -138,8 +143,7 @@ fn chosen<'a>(
                     let decodes = halves.decode.held.iter();
                     ways.extend(decodes.map(|decode| Way::Apart(*prefill, *decode, handoff(decode))));
                 }
-                // A class without prefill is not complete: its decode instances are not to become mixed ones.
-                if !halves.prefill.is_vacant() {
+                if halves.is_whole() {
                     ways.extend(halves.local.held.iter().copied().map(Way::Alone));
                 }
             }

@@ -2,7 +2,7 @@
 //! unlike machines compare. Pure.
 //!
 //! - **Prefill**: what is queued there, the time T of what is to be computed of this prompt, and `waiting` times T again:
-//!   so many requests stand in line, on average, while the instance computes it. So where little is to do the fastest
+//!   so many requests stand in the line of prefill, on average, while the instance computes it. So where little is to do the fastest
 //!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then. As long again
 //!   as its own time, scaled by the shortfall, when the free KV blocks do not hold it.
 //! - **Decode**: the tokens expected x the step with this request in the batch, each sequence of which attends to all that it has,
@@ -37,7 +37,7 @@ const WAITING_MOST: f64 = 16.0;
 const LINK_BYTES_PER_MICROSECOND: f64 = 10_000.0;
 /// The share of its peers' work that an instance gets at once.
 const SHARE_LEAST: f64 = 0.1;
-/// A decode instance computes no prompt itself when less of its blocks is free.
+/// A decode instance computes no prompt itself that would leave less of its blocks free.
 const LOCAL_FREE_LEAST: f64 = 0.1;
 
 /// A price, and what it follows from.
@@ -51,8 +51,8 @@ pub(crate) struct Price {
     pub(crate) tpot_micros: f64,
     /// Until it is begun with.
     pub(crate) wait_micros: f64,
-    /// The first token would come later than it should.
-    pub(crate) late: bool,
+    /// The first token would come later than it should, and would not if nothing were queued.
+    pub(crate) late_for_queue: bool,
     /// Of the wait, until fewer sequences are decoded there than may be at a time.
     in_line_micros: f64,
     /// Of all, what would not be lost if the prompt were computed there.
@@ -128,7 +128,10 @@ impl Pricing<'_> {
     /// much to do.
     pub(crate) fn local(&self, row: &Row, cached: u32, decode: &Price) -> Option<Price> {
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
-            (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
+            (Some(free), Some(total)) => {
+                let left = free.saturating_sub(self.first_blocks(row, cached));
+                left as f64 >= LOCAL_FREE_LEAST * total as f64
+            }
             _ => true,
         };
         let steady = decode.tpot_micros <= self.settings.targets.tpot_micros();
@@ -146,17 +149,24 @@ impl Pricing<'_> {
             .speed
             .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens().into()) as f64);
         let wait = row.queue_micros / self.share(row);
-        let classes = self.model.classes.get(row.classes.clone()).unwrap_or_default();
-        // Of those that it is of, the one with the most to prefill says the most.
-        let widest = classes.iter().max_by_key(|class| class.prefills());
-        let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
+        let waiting = if row.is_prefill() { self.waiting(row) } else { 0.0 };
         let between = row.speed.steps(tokens as f64) * step_micros;
         let ttft_micros = in_line_micros + row.queue_micros + own + between;
-        let late = (ttft_micros - self.ttft_left_micros()).max(0.0);
+        let left_micros = self.ttft_left_micros();
+        let late = (ttft_micros - left_micros).max(0.0);
+        let late_for_queue = late > 0.0 && late <= row.queue_micros;
         // Of both parts on one instance decode pays for that.
         let short = if side == Side::Prefill { own * shortfall(row, self.ask, side, cached) } else { 0.0 };
         let micros = wait + (1.0 + waiting + batch) * own + between + short + LATE * late;
-        Price { micros, ttft_micros, wait_micros: row.queue_micros, late: late > 0.0, ..Price::default() }
+        Price { micros, ttft_micros, wait_micros: row.queue_micros, late_for_queue, ..Price::default() }
+    }
+
+    /// How many prompts stand in line behind one that it computes, on average.
+    fn waiting(&self, row: &Row) -> f64 {
+        let classes = self.model.classes.get(row.classes.clone()).unwrap_or_default();
+        // Of those that it is of, the one with the most to prefill says the most.
+        let widest = classes.iter().max_by_key(|class| class.prefills());
+        widest.map_or(0.0, |class| class.waiting(WAITING_MOST))
     }
 
     /// With so many tokens of the prompt there already, and so many that come from elsewhere; it stands still for so long.
@@ -200,11 +210,8 @@ impl Pricing<'_> {
         let (ask, standing) = (self.ask, &row.standing);
         let step = row.speed.step_micros(standing.batch() as f64, row.context_tokens());
         let answer = f64::from(ask.expected_tokens) * step;
-        // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
-        // use are given back in about the time of an answer, and more than these will never be free.
-        let first = blocks_for(row, ask.prompt_tokens().saturating_add(1));
-        let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
-        let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
+        // All that are in use are given back in about the time of an answer, and more than these will never be free.
+        let first = self.first_blocks(row, cached);
         let missing = first.saturating_sub(standing.blocks_free.unwrap_or(first));
         let used = standing.blocks_used();
         let awaited = (missing.min(used) + standing.blocks_short) as f64;
@@ -212,6 +219,13 @@ impl Pricing<'_> {
             in_line_micros: answer * standing.turns_before(ask.wanted.choices),
             blocks_micros: answer * awaited / used.max(1) as f64,
         }
+    }
+
+    /// What it begins with: blocks for the tokens that there are, and for each choice a last one of its own.
+    fn first_blocks(&self, row: &Row, cached: u32) -> u64 {
+        let all = blocks_for(row, self.ask.prompt_tokens().saturating_add(1));
+        let all = all + u64::from(self.ask.wanted.choices.saturating_sub(1));
+        all.saturating_sub(u64::from(cached / row.spec.block_tokens))
     }
 
     /// What is left of the time that the first token may take.
@@ -239,7 +253,7 @@ fn both(first: Price, then: Price) -> Price {
         micros: first.micros + then.micros,
         ttft_micros: first.ttft_micros,
         wait_micros: first.wait_micros.max(then.wait_micros),
-        late: first.late,
+        late_for_queue: first.late_for_queue,
         ..then
     }
 }

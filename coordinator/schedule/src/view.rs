@@ -88,7 +88,8 @@ impl Row {
         }
     }
 
-    fn is_prefill(&self) -> bool {
+    /// Whether it computes prompts for others, or all of them.
+    pub fn is_prefill(&self) -> bool {
         matches!(self.role, Some(Role::Prefill | Role::Mixed))
     }
 

@@ -24,7 +24,7 @@ pub struct PlacementConfig {
     pub temperature: f64,
     /// A decode instance computes a prompt itself (conditional disaggregation) if it has cached all but so many tokens of it at
     /// most, that is predicted to cost less than to hand its cache over, and its steps are not predicted to take longer than
-    /// `tpot_target`; one that is longer only where prefill is predicted to be late with it. 0 = never.
+    /// `tpot_target`; one that is longer only where prefill is predicted to be late with it for what is queued, or failed it. 0 = never.
     pub local_prefill_tokens: u32,
     /// How long it takes until an instance that has just begun to take requests gets as many as others.
     #[serde(with = "duration")]

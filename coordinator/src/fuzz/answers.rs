@@ -64,7 +64,7 @@ impl Reader {
 /// decodes, on their streams of answers or of what is in their caches.
 pub fn answers(bytes: &[u8]) {
     let _enter = RUNTIME.enter();
-    let board = Board::new(Duration::from_secs(60), Settings::APART);
+    let board = Board::new(Duration::from_secs(60), Settings::DEFAULT);
     let specs = ["a", "b"].map(spec);
     board.list(&specs, Instant::now());
     for (spec, role) in specs.iter().zip([Role::Prefill, Role::Decode]) {

@@ -1,9 +1,9 @@
 //! How long production placement takes to decide, in fleets of several sizes, with other requests under way.
 //!
-//! Timed is what a request waits for: the choice and its entry on the ledger, on one thread that nobody competes with. Once with
-//! prompts of which nobody has anything, and once with long ones of which some have the half: then the prompt is looked for in the
-//! index, and is put down there for both legs. Whoever has served one, prefill or decode, has it for a while. For what is
-//! known and forgotten by time, each request takes a second.
+//! Timed is what a request waits for: the choice and its entry on the ledger, on one thread that nobody competes with. With
+//! prompts of which nobody has anything, with short ones, which decode may compute as well, and with long ones of which some have
+//! the half: then the prompt is looked for in the index, and is put down there for both legs. Whoever has served one, prefill or
+//! decode, has it for a while. For what is known and forgotten by time, each request takes a second.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -33,6 +33,8 @@ const TAKES_MICROS: u64 = 1_000_000;
 const UNDER_WAY_MOST: usize = 2_000;
 /// Decisions before those that count.
 const WARM_UP: u32 = 100;
+/// Tokens of a short prompt.
+const SHORT_TOKENS: u32 = 1_000;
 /// Tokens of a long prompt, and how many of them instances have that have any: one in ten, of some of the beginnings there are.
 const LONG_TOKENS: u32 = 32_768;
 const SHARED_TOKENS: u32 = LONG_TOKENS / 2;
@@ -40,6 +42,33 @@ const HOLDERS: usize = 10;
 const BEGINNINGS: usize = 8;
 /// Prompts that an instance keeps of those that it served.
 const KEPT: usize = 2;
+
+/// What is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prompts {
+    /// As long as chats are.
+    Chats,
+    Short,
+    Cached,
+}
+
+impl Prompts {
+    fn name(self) -> String {
+        match self {
+            Self::Chats => "not cached".to_owned(),
+            Self::Short => format!("{SHORT_TOKENS} tokens, not cached"),
+            Self::Cached => format!("{LONG_TOKENS} tokens, half of them cached by one in {HOLDERS}"),
+        }
+    }
+
+    fn tokens(self, draws: &mut Draws) -> u32 {
+        match self {
+            Self::Chats => (6_500.0 * (1.1 * draws.normal()).exp()).clamp(100.0, 126_000.0) as u32,
+            Self::Short => SHORT_TOKENS,
+            Self::Cached => LONG_TOKENS,
+        }
+    }
+}
 
 /// Microseconds that the 99th percentile is to be below, for fleets of up to so many instances.
 fn target_micros(instances: u32) -> Option<f64> {
@@ -56,16 +85,16 @@ pub(crate) fn measure(fleets: &[u32], decisions: u32) -> (String, Vec<String>) {
     let mut table = Builder::default();
     table.push_record(["instances", "prompts", "decision p50 us", "p99 us", "to be"]);
     let mut faults = Vec::new();
-    let long = format!("{LONG_TOKENS} tokens, half of them cached by one in {HOLDERS}");
     for instances in fleets {
-        for (prompts, cached) in [("not cached", false), (&*long, true)] {
+        for of in [Prompts::Chats, Prompts::Short, Prompts::Cached] {
+            let prompts = of.name();
             eprintln!("{decisions} decisions among {instances} instances, prompts {prompts}");
-            let taken = decisions_micros(*instances as usize, decisions, cached);
+            let taken = decisions_micros(*instances as usize, decisions, of);
             let (median, most) = (percentile(&taken, 0.5), percentile(&taken, 0.99));
             let target = target_micros(*instances);
             table.push_record([
                 instances.to_string(),
-                prompts.to_owned(),
+                prompts.clone(),
                 format!("{median:.1}"),
                 format!("{most:.1}"),
                 target.map_or_else(String::new, |target| format!("< {target:.0}")),
@@ -163,7 +192,7 @@ fn tokens(draws: &mut Draws, many: u32) -> Vec<u32> {
     (0..many).map(|_| draws.below(100_000) as u32).collect()
 }
 
-fn decisions_micros(instances: usize, decisions: u32, cached: bool) -> Vec<f64> {
+fn decisions_micros(instances: usize, decisions: u32, prompts: Prompts) -> Vec<f64> {
     let (prefills, decodes) = (instances / 2, instances - instances / 2);
     let mut clock = Clock::new();
     let start = clock.at(0);
@@ -172,18 +201,18 @@ fn decisions_micros(instances: usize, decisions: u32, cached: bool) -> Vec<f64> 
     let places = (0..prefills).map(Place::Prefill).chain((0..decodes).map(Place::Decode));
     let places: Vec<Place> = places.collect();
     places.iter().for_each(|place| reported(&board, *place, &mut draws));
-    let mut shared = cached.then(|| Shared::new(&board, &places, &mut draws));
+    let mut shared = (prompts == Prompts::Cached).then(|| Shared::new(&board, &places, &mut draws));
     let most = (UNDER_WAY * instances).min(UNDER_WAY_MOST);
     let mut under_way = VecDeque::with_capacity(most + 1);
     for _ in 0..most {
-        under_way.extend(decision(&board, shared.as_ref(), &mut draws).0);
+        under_way.extend(decision(&board, prompts, shared.as_ref(), &mut draws).0);
     }
     let mut taken = Vec::with_capacity(decisions as usize);
     drop(start);
     for turn in 0..WARM_UP + decisions {
         let _now = clock.at(u64::from(turn) * TAKES_MICROS / most as u64);
         reported(&board, places[draws.below(places.len())], &mut draws);
-        let (booked, time) = decision(&board, shared.as_ref(), &mut draws);
+        let (booked, time) = decision(&board, prompts, shared.as_ref(), &mut draws);
         if let (Some((Booking { placement, credit, .. }, chains)), Some(shared)) =
             (under_way.pop_front(), &mut shared)
         {
@@ -201,15 +230,12 @@ fn decisions_micros(instances: usize, decisions: u32, cached: bool) -> Vec<f64> 
 /// What was booked, of which prompt, and how long that took.
 fn decision(
     board: &Arc<Board>,
+    prompts: Prompts,
     shared: Option<&Shared>,
     draws: &mut Draws,
 ) -> (Option<(Booking, Vec<Chain>)>, Duration) {
     let chains = shared.map(|shared| shared.chain(draws)).unwrap_or_default();
-    let prompt_tokens = match shared {
-        Some(_) => LONG_TOKENS,
-        None => (6_500.0 * (1.1 * draws.normal()).exp()).clamp(100.0, 126_000.0) as u32,
-    };
-    let prompt = Prompt { tokens: prompt_tokens, chains: &chains };
+    let prompt = Prompt { tokens: prompts.tokens(draws), chains: &chains };
     let began = Instant::now();
     board.arrived(REVISION);
     let booked = board.book(&Wanted::new(prompt, 2_000, REVISION));

@@ -1,5 +1,7 @@
 //! What the formulas of [`crate::cost`] come to, seen through who is chosen.
 
+mod local;
+
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use baton_proto::{Incarnation, InstanceId};
@@ -62,7 +64,11 @@ fn roomy(prompt_tokens: u32, max_tokens: u32) -> Wanted<'static> {
 
 /// The instances that were chosen.
 fn chosen(board: &Arc<Board>, prompt_tokens: u32) -> Vec<String> {
-    match placed(board, prompt_tokens).expect("a place").0 {
+    instances(&placed(board, prompt_tokens).expect("a place").0)
+}
+
+fn instances(placement: &Placement) -> Vec<String> {
+    match placement {
         Placement::Alone(assignee) => vec![assignee.instance.to_string()],
         Placement::Apart { prefill, decode } => {
             vec![prefill.instance.to_string(), decode.instance.to_string()]
@@ -125,46 +131,6 @@ async fn a_step_is_of_all_that_is_attended_to_however_few_blocks_it_is_in() {
     let booked = board.book(&Wanted { choices: 60, ..Wanted::new(30_000, 64, "r1") }).expect("a place");
     let tpot = booked.receipt.cheapest.iter().map(|scored| scored.tpot_micros).max().unwrap_or(0);
     assert!(tpot.abs_diff(truth) < truth / 10, "{tpot}, and it takes {truth}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_nobody() {
-    let local = Settings { local_prefill_tokens: 500, ..PLAIN };
-    let fleet = |queue, batch| [("p", Role::Prefill, queued(queue)), ("d", Role::Decode, running(batch))];
-    assert_eq!(chosen(&board(local, &fleet(0, 0)), 1), ["d"]);
-    assert_eq!(chosen(&board(PLAIN, &fleet(0, 0)), 1), ["p", "d"], "unless it is not to");
-    // 500 ms of a queue are worth standing still for, 4 sequences for 50 ms each; without a queue they are not.
-    assert_eq!(chosen(&board(local, &fleet(1_000, 4)), 100), ["d"]);
-    assert_eq!(chosen(&board(local, &fleet(0, 4)), 100), ["p", "d"]);
-    assert_eq!(chosen(&board(local, &fleet(1_000, 40)), 100), ["p", "d"]);
-    assert_eq!(chosen(&board(local, &fleet(9_000, 0)), 501), ["p", "d"], "it is too long");
-    // Prefill would be late with it: within 500 ms it is done, or it is not.
-    let ttft = Targets { ttft: Duration::from_millis(500), ..AMPLE };
-    let strict = Settings { targets: ttft, ..local };
-    assert_eq!(chosen(&board(strict, &fleet(300, 0)), 600), ["p", "d"]);
-    assert_eq!(chosen(&board(strict, &fleet(500, 0)), 600), ["d"]);
-    assert_eq!(chosen(&board(Settings { targets: ttft, ..PLAIN }, &fleet(500, 0)), 600), ["p", "d"]);
-    // It has no room, or its steps are too long already.
-    let full = Load { kv_blocks_free: 900, ..running(0) };
-    assert_eq!(
-        chosen(&board(local, &[("p", Role::Prefill, queued(9_000)), ("d", Role::Decode, full)]), 1),
-        ["p", "d"]
-    );
-    let hasty = Settings { targets: Targets { tpot: Duration::from_millis(10), ..AMPLE }, ..local };
-    assert_eq!(chosen(&board(hasty, &fleet(9_000, 0)), 1), ["p", "d"]);
-    // It computes 500 tokens in a chunk, for 250 ms, and decodes once before it has the first of its own.
-    let (_, receipt) = placed(&board(local, &fleet(9_000, 3)), 500).expect("a place");
-    let whole = receipt.cheapest.iter().find(|scored| scored.side == Side::Whole).expect("a candidate");
-    assert!((272_000..276_000).contains(&whole.ttft_micros), "{}", whole.ttft_micros);
-    // Whose cache is handed over stands still for it, too.
-    let computing = Load { queued_prefill_tokens: 1_000, ..running(3) };
-    let others =
-        |d0| [("p", Role::Prefill, queued(0)), ("d0", Role::Decode, d0), ("d1", Role::Decode, running(4))];
-    assert_eq!(chosen(&board(PLAIN, &others(running(3))), 100), ["p", "d0"]);
-    assert_eq!(chosen(&board(PLAIN, &others(computing)), 100), ["p", "d1"]);
-    // Nobody is turned into a mixed instance: with no prefill at all the fleet is not whole.
-    let alone = board(local, &[("d", Role::Decode, running(0))]);
-    assert_eq!(placed(&alone, 1).map(drop), Err(NoPlace::NoPrefill));
 }
 
 #[tokio::test(start_paused = true)]

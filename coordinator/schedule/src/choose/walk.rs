@@ -4,6 +4,7 @@ use baton_proto::InstanceId;
 use tokio::time::Instant;
 
 use super::{
+    Way,
     candidate::{Best, Candidate},
     is_of_one_token,
 };
@@ -21,12 +22,19 @@ pub(super) struct Halves<'a> {
     pub(super) decode: Best<'a>,
     /// Decode instances that would compute the prompt as well.
     pub(super) local: Best<'a>,
+    /// An instance that prefills is left aside.
+    pub(super) avoids_prefill: bool,
 }
 
 impl Halves<'_> {
-    /// Whether the prompt would be computed too late by prefill.
-    fn is_late(&self) -> bool {
-        self.prefill.first().is_some_and(|prefill| prefill.price.late)
+    /// Whether prefill has too much to do for the prompt, or failed it.
+    fn needs_relief(&self) -> bool {
+        self.prefill.first().map_or(self.avoids_prefill, |prefill| prefill.price.late_for_queue)
+    }
+
+    /// Whether decode instances may compute the prompt: they are not to become mixed ones for want of prefill.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.prefill.is_vacant() || self.avoids_prefill
     }
 }
 
@@ -54,10 +62,13 @@ impl<'a> Found<'a> {
     }
 
     /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
-    /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
-    pub(super) fn has_room(&self, ask: &Ask<'_>) -> bool {
+    /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached. Decode instances
+    /// that would compute it make room for those prompts alone that they are best for.
+    pub(super) fn has_room(&self, way: &Way<'_>, ask: &Ask<'_>) -> bool {
         let pair = |halves: &Halves<'_>| is_of_one_token(ask) || halves.decode.roomy;
-        let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
+        let roomy = |halves: &Halves<'_>| {
+            (halves.prefill.roomy && pair(halves)) || (halves.local.roomy && way.is_local())
+        };
         self.whole.roomy || self.classes.iter().any(roomy)
     }
 }
@@ -120,7 +131,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             found
                 .classes
                 .iter_mut()
-                .filter(|halves| halves.is_late())
+                .filter(|halves| halves.needs_relief())
                 .for_each(|halves| self.relieve(halves));
         }
         if let Some(from) = self.ask.wanted.among.handed_on_by() {
@@ -136,6 +147,8 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
         if self.is_avoided(row) {
             found.left_aside.avoided += 1;
+            let avoids = row.side() == Some(Side::Prefill);
+            found.classes[row.classes.clone()].iter_mut().for_each(|halves| halves.avoids_prefill |= avoids);
             return;
         }
         found.ready += 1;
@@ -170,7 +183,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
     }
 
-    /// Where prefill would be late, whoever is best to decode may compute a long prompt, too.
+    /// Whoever is best to decode may compute a long prompt, too.
     fn relieve(&self, halves: &mut Halves<'a>) {
         for decode in &halves.decode.held {
             let cached = cached_tokens(decode.row, self.ask, Side::Whole);

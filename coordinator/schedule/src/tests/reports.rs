@@ -75,8 +75,11 @@ proptest! {
         let work = Work { prefill_tokens: prompt_tokens, sequences: 1, blocks: max_tokens, ..Work::default() };
         ledger.credit(&InstanceId::new("i0").expect("a good id"), work);
         let ask = ask_for(Wanted::new(prompt_tokens as u32, max_tokens as u32, "r1"));
-        let placed = placed(&fleet, &ledger, &ask);
-        prop_assert!(placed.is_ok() || matches!(placed, Err(NoPlace::TooLarge(_) | NoPlace::NoPrefill | NoPlace::NoDecode)));
+        for local_prefill_tokens in [0, 1, u32::MAX] {
+            let settings = Settings { local_prefill_tokens, ..SETTINGS };
+            let placed = choose::choose(&view(&fleet, &ledger), &ask, &settings, Instant::now());
+            prop_assert!(placed.is_ok() || matches!(placed, Err(NoPlace::TooLarge(_) | NoPlace::NoPrefill | NoPlace::NoDecode)));
+        }
     }
 }
 
