@@ -14,7 +14,7 @@ use baton_proto::{
     ApiError, ErrorCode, FILE_DESCRIPTOR_SET,
     v1::{self, request_admin_server::RequestAdminServer},
 };
-use baton_schedule::{Placement, Receipt, Scored};
+use baton_schedule::{Placement, Receipt, Scored, Side};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
@@ -123,8 +123,15 @@ fn placing(placing: &Placing) -> v1::PlacementView {
 
 fn view_of(placement: &Placement, receipt: &Receipt) -> v1::PlacementView {
     let [prefill, decode] = placement.both();
-    let taken =
-        |scored: &Scored| [prefill, decode].iter().any(|assignee| assignee.instance == scored.instance);
+    // A decode instance may be there twice: to decode, and to do all of it.
+    let taken = |Scored { instance, side, .. }: &Scored| match placement {
+        Placement::Alone(alone) => alone.instance == *instance && *side != Side::Decode,
+        Placement::Apart { prefill, decode } => match side {
+            Side::Prefill => prefill.instance == *instance,
+            Side::Decode => decode.instance == *instance,
+            Side::Whole => false,
+        },
+    };
     v1::PlacementView {
         prefill_instance: prefill.instance.to_string(),
         decode_instance: decode.instance.to_string(),

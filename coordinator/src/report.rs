@@ -181,8 +181,11 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.tell(ErrorCode::Internal.name(), true);
+        if std::thread::panicking() && !self.told {
+            self.failed(&ApiError::new(
+                ErrorCode::Internal,
+                "the request met a bug in the coordinator; its log says where",
+            ));
         } else {
             self.tell("client_gone", false);
         }

@@ -2,7 +2,7 @@
 //!
 //! Every request of a caller who is known has a [`Card`] from arrival to its end, with why it was placed where it was, or
 //! refused; [`crate::admin`] shows them. Those of the last that have ended are kept for the question that comes afterwards:
-//! [`ENDED_KEPT`] that were placed, and as many that were not, so that whoever sends what is refused pushes out no other's.
+//! [`ENDED_KEPT`] that were placed, and as many that were not, so that whoever sends what is refused pushes out none that was placed.
 
 use std::{
     collections::{HashMap, VecDeque},

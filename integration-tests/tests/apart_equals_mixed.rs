@@ -56,7 +56,9 @@ async fn apart_equals_mixed() {
 
     // As it is by default: what decode has, or what is short, it computes itself while it is not busy.
     let default = "coordinator.placement.local_prefill_tokens=2048";
-    let either = Cluster::start(&["--prefill", "1", "--decode", "1", "--set", default]).await;
+    // However slow its steps are here.
+    let steps = "coordinator.placement.tpot_target=1m";
+    let either = Cluster::start(&["--prefill", "1", "--decode", "1", "--set", default, "--set", steps]).await;
     let mut local = Vec::new();
     for request in &requests {
         local.push(ask(either.url(), request).await);

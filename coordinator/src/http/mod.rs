@@ -126,7 +126,9 @@ async fn identified(mut request: Request, next: Next) -> Response {
     let shown = HeaderValue::from_str(id.as_str());
     request.extensions_mut().insert(id);
     let mut response = next.run(request).await;
-    response.headers_mut().extend(shown.ok().map(|id| (X_REQUEST_ID, id)));
+    if let Ok(shown) = shown {
+        response.headers_mut().insert(X_REQUEST_ID, shown);
+    }
     response
 }
 
@@ -200,14 +202,9 @@ async fn answer(
         let written = if scored <= SCORED_INLINE && text <= TEXT_INLINE {
             voice.whole(&deltas, &usage)
         } else {
-            let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
-            match written {
+            match tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await {
                 Ok(written) => written,
-                Err(error) => {
-                    tracing::error!(%error, "writing an answer panicked");
-                    streaming.broke();
-                    return Err(ApiError::new(ErrorCode::Internal, "the answer could not be written"));
-                }
+                Err(_) => return Err(streaming.broke()),
             }
         };
         streaming.written(&usage);

@@ -272,7 +272,7 @@ impl Parts {
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Bug>>> {
         if self.broken {
             if let Some(met) = self.source.end() {
-                met.broke();
+                _ = met.broke();
             }
             return Poll::Ready(Some(Err(Bug)));
         }

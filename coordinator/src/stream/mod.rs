@@ -37,7 +37,7 @@ pub use reading::{Delta, Reading, ScoredToken};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     More,
-    /// Every choice's last delta has been given. That it was is to be told by [`Streaming::written`].
+    /// Every choice's last delta has been given. Whoever writes it says so by [`Streaming::written`].
     End(Result<Usage, ApiError>),
 }
 
@@ -135,10 +135,13 @@ impl Streaming {
         self.holds.report.finished(usage, longest);
     }
 
-    /// Ends an answer that met a bug.
-    pub fn broke(mut self) {
-        self.holds.report.failed(&ApiError::new(ErrorCode::Internal, "the answer met a bug"));
+    /// Ends an answer that met a bug: the error that its client is told, if it can be.
+    pub fn broke(mut self) -> ApiError {
+        let error =
+            ApiError::new(ErrorCode::Internal, "the answer met a bug in the coordinator; its log says where");
+        self.holds.report.failed(&error);
         self.give_up(CancelReason::Bug);
+        error
     }
 
     /// Ends what is left of it: no more is read.

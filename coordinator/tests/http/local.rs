@@ -1,8 +1,10 @@
 //! Prompts that a decode instance computes itself.
 
+use baton_coordinator::admin::Admin;
+use baton_process::access::Access;
 use baton_proto::v1;
 use serde_json::json;
-use v1::{FinishReason, dispatch::Work};
+use v1::{FinishReason, dispatch::Work, request_admin_server::RequestAdmin};
 
 use crate::scripted::{Cluster, until};
 
@@ -30,6 +32,15 @@ async fn a_decode_instance_that_has_nothing_to_do_is_given_a_short_prompt_whole_
         assert_eq!(answer["usage"]["completion_tokens"], 3);
         until("the request is over", || cluster.service.roster.list().is_empty()).await;
         assert!(prefill.is_quiet() && decode.is_quiet(), "nobody else was asked, and nothing cancelled");
+        let admin = Admin { service: cluster.service.clone(), access: Access::default() };
+        let asked = v1::ExplainPlacementRequest { request_id: d.request_id };
+        let told =
+            admin.explain_placement(tonic::Request::new(asked)).await.expect("it is kept").into_inner();
+        let taken = told.placements[0].cheapest.iter().filter(|candidate| candidate.taken);
+        let mut taken: Vec<_> = taken.map(|of| (&*of.instance_id, &*of.part)).collect();
+        taken.sort_unstable();
+        let expected = if local { vec![("d", "whole")] } else { vec![("d", "decode"), ("p", "prefill")] };
+        assert_eq!(taken, expected);
         cluster.at_rest().await;
     }
 }

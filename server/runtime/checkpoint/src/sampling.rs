@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// What a checkpoint suggests, as it stands there: within no bounds yet, and not even numbers for certain. `do_sample`, which vLLM passes over, too, and
-/// `max_new_tokens` are not among it: how long answers are is for requests and operators to say.
+/// What a checkpoint suggests, as it stands there: within no bounds yet, and not even numbers for certain. `do_sample`, which
+/// vLLM passes over, too, and `max_new_tokens` are not among it: how long answers are is for requests and operators to say.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SuggestedSampling {
     /// The file that suggests it; empty if none does.
