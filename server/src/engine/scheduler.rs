@@ -15,7 +15,8 @@
 //! - Waiting sequences are admitted strictly in order while there are slots and blocks. One free block is left for each
 //!   sequence that grows, so that an arrival does not preempt what runs. A prefill leg gets all its blocks at once and
 //!   is never preempted, since its blocks may be on the wire; a decode leg reserves its prompt's blocks plus one token
-//!   and receives its cache into them.
+//!   and receives its cache into them. It takes nothing of the token budget, and so does not wait behind those that wait
+//!   for that alone: it leaves them the slots and blocks to begin with.
 //! - A sequence starts with the longest chain of full blocks that the cache has of it; it computes its last token at
 //!   least, since that is where its logits come from. Every block that becomes full and final is sealed, whichever way
 //!   its content came, and can be shared from then on. A decode leg holds what it found while the rest is received.
@@ -265,35 +266,51 @@ impl Scheduler {
         self.queue(id);
     }
 
+    /// Takes sequences from the queue into service, by rank. Those that lack nothing but tokens of this step are passed over
+    /// by legs that receive, and seats and blocks for them to begin with are kept. Each takes a seat at least, so that no
+    /// more are looked at than there are seats.
     fn admit(&mut self, plan: &mut Vec<Chunk>, budget: &mut u32) {
-        while let Some(&id) = self.waiting.front() {
-            let choices = self.sequences[&id].choices.len() as u32;
-            if self.seats() + choices > self.limits.max_sequences {
+        // Seats that are taken or kept, and blocks that are kept of the room there is.
+        let (mut seats, mut kept) = (self.seats(), self.growing());
+        let mut next = 0;
+        while let Some(&id) = self.waiting.get(next) {
+            let sequence = &self.sequences[&id];
+            let choices = choices_of(sequence);
+            if seats + choices > self.limits.max_sequences {
                 return;
             }
-            let receives = matches!(self.sequences[&id].work, Work::Decode(_));
+            let receives = matches!(sequence.work, Work::Decode(_));
+            let grows = !matches!(sequence.work, Work::Prefill(_));
+            let tokens = sequence.tokens.len() as u32 + u32::from(receives);
             if !receives && *budget == 0 {
-                return;
+                // Whatever the cache has of it may be evicted before it begins.
+                kept += self.blocks.blocks_for(tokens) + choices;
+                seats += choices;
+                next += 1;
+                continue;
             }
             let (block_tokens, cached) = (self.limits.block_tokens, self.find_cached(id));
             // It may have been evicted while it waited.
             if self.refuse_uncached(id) {
                 continue;
             }
-            let sequence = &self.sequences[&id];
-            let remaining = sequence.remaining() - cached.blocks * block_tokens * u32::from(!receives);
+            let remaining =
+                self.sequences[&id].remaining() - cached.blocks * block_tokens * u32::from(!receives);
             if !receives && *budget < block_tokens.min(remaining) {
-                return;
+                // Nobody behind it begins with what is left.
+                *budget = 0;
+                continue;
             }
-            let tokens = sequence.tokens.len() as u32 + u32::from(receives);
             let needed = self.blocks.blocks_for(tokens) - cached.blocks + cached.idle;
             // Each choice but one will want a last block of its own; they take turns if there never are as many.
-            let own = if self.seats() == 0 { 0 } else { choices - 1 };
-            if needed + own + self.growing() > self.blocks.room() {
+            let own = if seats == 0 { 0 } else { choices - 1 };
+            if needed + own + kept > self.blocks.room() {
                 return;
             }
-            self.waiting.pop_front();
+            self.waiting.remove(next);
             self.start(id, tokens, cached);
+            seats += choices;
+            kept += choices * u32::from(grows);
             if !receives {
                 self.plan_chunk(id, plan, budget, |_| true);
             }

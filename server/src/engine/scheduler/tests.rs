@@ -10,6 +10,7 @@ use crate::engine::{
     sequence::{Asked, FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
 };
 
+mod admission;
 mod handed_on;
 mod histories;
 mod occupancy;
