@@ -22,6 +22,9 @@ use crate::plan::auto::{Demand, Speed};
 /// After so long what a memory holds has fallen to 1/e of its weight.
 pub const MEMORIES: [Duration; 3] =
     [Duration::from_secs(20), Duration::from_secs(100), Duration::from_secs(500)];
+/// The same of the prompts that an instance computed: longer than most pauses between them, and short beside the time for
+/// which it has a role.
+const COMPUTED: Duration = MEMORIES[1];
 /// Reports of less time than this say nothing yet.
 const SHORTEST: Duration = Duration::from_secs(5);
 /// Fewer requests than this, faded ones in part, say nothing of a typical one.
@@ -105,8 +108,11 @@ pub struct Meter {
 /// What an instance said last.
 #[derive(Debug, Clone, Copy)]
 struct Last {
+    at: Instant,
     incarnation: Incarnation,
     load: InstanceLoad,
+    /// Tokens of prompts that it computed, of late; see [`COMPUTED`].
+    computed: Faded,
 }
 
 /// Sums for a weighted line fit: weight, x, y, xx, xy.
@@ -147,9 +153,9 @@ impl Meter {
         self.began.get_or_insert(now);
         let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         self.at = Some(now);
-        let before =
-            self.instances.get(id).filter(|last| last.incarnation == incarnation).map(|last| last.load);
-        let known = before.unwrap_or(*load);
+        let before = self.instances.get(id).filter(|last| last.incarnation == incarnation);
+        let new = Last { at: now, incarnation, load: *load, computed: Faded::default() };
+        let Last { at, load: known, mut computed, .. } = *before.unwrap_or(&new);
         for (memory, long) in self.memories.iter_mut().zip(MEMORIES) {
             memory.learn(faded(since, long), &known, load);
         }
@@ -163,7 +169,9 @@ impl Meter {
             let sequences = more(|load| load.decoded_tokens) / more(|load| load.decode_steps);
             self.steps.learn(sequences, load.decode_step_micros as f64 / 1e6);
         }
-        self.instances.insert(id.clone(), Last { incarnation, load: *load });
+        let fade = faded(now.saturating_duration_since(at), COMPUTED);
+        computed.add(fade, more(|load| load.prefilled_tokens));
+        self.instances.insert(id.clone(), Last { computed, ..new });
     }
 
     /// Forgets instances that are of the group no more.
@@ -222,12 +230,25 @@ impl Meter {
         };
         let (step_base, step_per_sequence) = self.steps.fit()?;
         Some(Speed {
-            prefill_tokens_per_second: measured(|load| load.prefill_tokens_per_second)?,
+            prefill_tokens_per_second: self.prefill_tokens_per_second()?,
             step_base,
             step_per_sequence,
             sequences: measured(|load| load.max_sequences.into())?,
             kv_tokens: measured(|load| load.kv_blocks_total.into())? * f64::from(block_tokens),
         })
+    }
+
+    /// Of an instance that computes prompts. Who computed most of late says most: decode instances have a rate too, but
+    /// know it of a few short prompts.
+    fn prefill_tokens_per_second(&self) -> Option<f64> {
+        let (mut weights, mut rates) = (0.0, 0.0);
+        for last in self.instances.values().filter(|last| last.load.prefill_tokens_per_second > 0) {
+            // One more, so that all say the same while nobody has computed anything.
+            let weight = last.computed.0 + 1.0;
+            weights += weight;
+            rates += weight * last.load.prefill_tokens_per_second as f64;
+        }
+        (weights > 0.0).then(|| rates / weights)
     }
 }
 

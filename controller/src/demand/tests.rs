@@ -106,6 +106,26 @@ fn the_time_of_a_step_is_a_line_over_its_sequences() {
 }
 
 #[test]
+fn who_computes_most_of_the_prompts_says_how_fast_they_are() {
+    let mut stream = Stream::new();
+    let mut decode = InstanceLoad { prefill_tokens_per_second: 2000, ..stream.load };
+    stream.load.prefill_tokens_per_second = 12_000;
+    // So many tokens of prompts a second on one, and on the other.
+    let mut rate = |seconds, [prefill, decode_too]: [u64; 2]| {
+        for _ in 0..seconds {
+            stream.run(1, (1, prefill, 100), (4, 10_000));
+            decode.prefilled_tokens += decode_too;
+            stream.meter.report(stream.now, &id("d"), Incarnation(1), &decode);
+        }
+        stream.meter.speed(16).expect("measured").prefill_tokens_per_second
+    };
+    assert_eq!(rate(2, [0, 0]), 7_000.0, "nobody has computed anything");
+    assert!(rate(60, [8_000, 400]) > 11_000.0);
+    assert!(rate(60, [0, 100]) > 11_000.0, "a minute without long prompts");
+    assert!(rate(600, [0, 400]) < 3_000.0, "the first has another role");
+}
+
+#[test]
 fn batches_of_one_size_leave_a_slope_that_is_neither_none_nor_all() {
     let mut stream = Stream::new();
     stream.run(60, (8, 100, 320), (8, 10_000));
