@@ -8,7 +8,7 @@
 //! single burst moves nothing, and groups with a few long answers by their last minutes. A longer memory is believed
 //! only while the shorter ones do not contradict it: a rush that is over is forgotten as soon as they say so.
 //!
-//! The time of a decode step is a line over the sequences in it, fitted to the same reports.
+//! The time of a step that only decodes is a line over the sequences in it, fitted to the same reports.
 //!
 //! Fed by [`crate::reconcile`] with every beat; read by [`crate::plan`] through [`Meter::demand`] and [`Meter::speed`].
 
@@ -17,7 +17,10 @@ use std::{collections::BTreeMap, time::Duration};
 use baton_proto::{Incarnation, InstanceId, InstanceLoad};
 use tokio::time::Instant;
 
-use crate::plan::auto::{Demand, Speed};
+use crate::{
+    plan::auto::{Demand, Speed},
+    steps::Steps,
+};
 
 /// After so long what a memory holds has fallen to 1/e of its weight.
 pub const MEMORIES: [Duration; 3] =
@@ -124,7 +127,7 @@ impl StepLine {
         self.0.iter_mut().for_each(|sum| sum.add(fade, 0.0));
     }
 
-    fn learn(&mut self, sequences: f64, seconds: f64) {
+    fn learn(&mut self, Steps { seconds, sequences }: Steps) {
         let terms = [1.0, sequences, seconds, sequences * sequences, sequences * seconds];
         self.0.iter_mut().zip(terms).for_each(|(sum, term)| sum.add(1.0, term));
     }
@@ -165,9 +168,8 @@ impl Meter {
         }
         let fade = faded(since, MEMORIES[0]);
         self.steps.fade(fade);
-        if more(|load| load.decode_steps) > 0.0 {
-            let sequences = more(|load| load.decoded_tokens) / more(|load| load.decode_steps);
-            self.steps.learn(sequences, load.decode_step_micros as f64 / 1e6);
+        if let Some(steps) = Steps::between(&known, load) {
+            self.steps.learn(steps);
         }
         let fade = faded(now.saturating_duration_since(at), COMPUTED);
         computed.add(fade, more(|load| load.prefilled_tokens));

@@ -30,6 +30,7 @@ pub mod ranktable;
 pub mod reconcile;
 pub mod scale;
 pub mod session;
+mod steps;
 
 pub use build::{Parts, open_store, run};
 pub use config::ControllerConfig;

@@ -237,6 +237,12 @@ pub struct InstanceLoad {
     pub accepted_prompt_tokens: u64,
     /// Completions that they ask for.
     pub accepted_choices: u64,
+    /// How long the steps took that only decoded and of which nothing failed; this and what follows 0 if not said.
+    pub decode_micros: u64,
+    /// How many they were.
+    pub timed_decode_steps: u64,
+    /// Sequences in these steps, summed over them.
+    pub decode_sequences: u64,
 }
 
 fn present(value: String, field: &'static str) -> Result<String, WireError> {
@@ -374,6 +380,9 @@ impl From<v1::InstanceLoad> for InstanceLoad {
             accepted_requests: wire.accepted_requests,
             accepted_prompt_tokens: wire.accepted_prompt_tokens,
             accepted_choices: wire.accepted_choices,
+            decode_micros: wire.decode_micros,
+            timed_decode_steps: wire.timed_decode_steps,
+            decode_sequences: wire.decode_sequences,
         }
     }
 }
@@ -406,6 +415,9 @@ impl From<InstanceLoad> for v1::InstanceLoad {
             accepted_requests: load.accepted_requests,
             accepted_prompt_tokens: load.accepted_prompt_tokens,
             accepted_choices: load.accepted_choices,
+            decode_micros: load.decode_micros,
+            timed_decode_steps: load.timed_decode_steps,
+            decode_sequences: load.decode_sequences,
             // The rest is for coordinators, and they have it from the servers themselves.
             ..Self::default()
         }

@@ -106,6 +106,39 @@ fn the_time_of_a_step_is_a_line_over_its_sequences() {
 }
 
 #[test]
+fn steps_that_compute_prompts_too_say_nothing_of_the_time_of_a_step() {
+    let mut stream = Stream::new();
+    let mut run = |seconds, alone: u64, batch: u64| {
+        for _ in 0..seconds {
+            let load = &mut stream.load;
+            // Those that compute prompts, too, are of 64 sequences.
+            load.decode_steps += alone + 20;
+            load.decoded_tokens += alone * batch + 20 * 64;
+            load.timed_decode_steps += alone;
+            load.decode_sequences += alone * batch;
+            load.decode_micros += alone * (9_000 + 150 * batch);
+            if alone > 0 {
+                load.decode_step_micros = 9_000 + 150 * batch;
+            }
+            stream.now += BEAT;
+            stream.meter.report(stream.now, &id("a"), stream.incarnation, load);
+        }
+        stream.meter.speed(16)
+    };
+    run(1, 0, 0);
+    assert_eq!(run(10, 0, 0), None, "no step has only decoded");
+    run(10, 20, 4);
+    run(10, 20, 32);
+    for alone in [20, 0] {
+        let speed = run(10, alone, 8).expect("measured");
+        assert!(
+            near(speed.step_base, 0.009, 0.05) && near(speed.step_per_sequence, 0.000_15, 0.1),
+            "{speed:?}"
+        );
+    }
+}
+
+#[test]
 fn who_computes_most_of_the_prompts_says_how_fast_they_are() {
     let mut stream = Stream::new();
     let mut decode = InstanceLoad { prefill_tokens_per_second: 2000, ..stream.load };

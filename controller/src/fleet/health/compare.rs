@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use baton_proto::{Phase, Role};
 use tokio::time::Instant;
 
-use super::signals::{Signals, Steps};
+use super::signals::Signals;
+use crate::steps::Steps;
 
 /// Fewer others of the same role than this do not say how long a step takes.
 const FEWEST_PEERS: usize = 3;

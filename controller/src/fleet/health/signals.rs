@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_proto::{Incarnation, InstanceLoad, Phase};
 use tokio::time::Instant;
 
-use crate::fleet::Beat;
+use crate::{fleet::Beat, steps::Steps};
 
 /// After this long what failed, or did not, has lost all but 1/e of its weight.
 const FADING: Duration = Duration::from_secs(60);
@@ -65,14 +65,6 @@ fn fade(last: Instant, now: Instant) -> f64 {
     (-now.saturating_duration_since(last).as_secs_f64() / FADING.as_secs_f64()).exp()
 }
 
-/// The decode steps that an instance has done lately.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Steps {
-    pub(super) seconds: f64,
-    /// In a step, on average; at least 1.
-    pub(super) sequences: f64,
-}
-
 /// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Signals {
@@ -82,6 +74,7 @@ pub(super) struct Signals {
     pub(super) at: Instant,
     requests: Share,
     transfers: Share,
+    /// When it last told of decode steps, and which.
     steps: Option<(Instant, Steps)>,
     /// When it last got on, or had nothing to do.
     moved: Instant,
@@ -120,10 +113,8 @@ impl Signals {
         let broken = both(|load| load.failed_transfers_out, |load| load.failed_transfers_in);
         let handed = both(|load| load.finished_transfers_out, |load| load.finished_transfers_in);
         self.transfers.add(broken, handed);
-        let (steps, tokens) = (more(|load| load.decode_steps), more(|load| load.decoded_tokens));
-        if steps > 0 && after.decode_step_micros > 0 {
-            let sequences = (tokens as f64 / steps as f64).max(1.0);
-            self.steps = Some((now, Steps { seconds: after.decode_step_micros as f64 / 1e6, sequences }));
+        if let Some(steps) = Steps::between(&before, &after) {
+            self.steps = Some((now, steps));
         }
         if counts(&after) != counts(&before) || !is_at_work(beat) {
             self.moved = now;
@@ -177,7 +168,7 @@ fn is_at_work(beat: &Beat) -> bool {
 }
 
 /// All that an instance counts since it started. Instances of earlier versions do not know every one of them.
-fn counts(load: &InstanceLoad) -> [u64; 12] {
+fn counts(load: &InstanceLoad) -> [u64; 15] {
     [
         load.progress,
         load.prefilled_requests,
@@ -191,5 +182,8 @@ fn counts(load: &InstanceLoad) -> [u64; 12] {
         load.finished_transfers_in,
         load.failed_transfers_out,
         load.failed_transfers_in,
+        load.decode_micros,
+        load.timed_decode_steps,
+        load.decode_sequences,
     ]
 }

@@ -284,6 +284,17 @@ fn who_is_much_slower_than_its_peers_is_quarantined() {
 }
 
 #[test]
+fn who_only_decodes_beside_prompts_is_not_slow() {
+    let mut group = Group::new(2, 4);
+    group.run(60);
+    // What it says a step takes is of a larger batch; since then every step has computed prompts, too.
+    group.of("d2").beat.load.timed_decode_steps = 1;
+    group.does("d2", Work { step_micros: 100_000, ..DECODES });
+    group.run(600);
+    assert_eq!(group.verdict("d2"), Verdict::Healthy);
+}
+
+#[test]
 fn who_is_slow_for_its_batch_or_for_a_moment_or_among_few_is_not_slow() {
     let larger = Work { step_micros: 150_000, batch: 64, ..DECODES };
     let slow = Work { step_micros: 150_000, ..DECODES };
