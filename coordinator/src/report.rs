@@ -182,14 +182,16 @@ impl Report {
 impl Drop for Report {
     fn drop(&mut self) {
         if std::thread::panicking() && !self.told {
-            self.failed(&ApiError::new(
-                ErrorCode::Internal,
-                "the request met a bug in the coordinator; its log says where",
-            ));
+            self.failed(&bug());
         } else {
             self.tell("client_gone", false);
         }
     }
+}
+
+/// What is told of a request that met a bug.
+pub fn bug() -> ApiError {
+    ApiError::new(ErrorCode::Internal, "the request met a bug in the coordinator; its log says where")
 }
 
 /// Whether a failure is the cluster's and not the client's: it broke, or it had no room.

@@ -2,9 +2,9 @@
 //! unlike machines compare. Pure.
 //!
 //! - **Prefill**: what is queued there, the time T of what is to be computed of this prompt, and `waiting` times T again:
-//!   so many requests stand in the line of prefill, on average, while the instance computes it. So where little is to do the fastest
-//!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then. As long again
-//!   as its own time, scaled by the shortfall, when the free KV blocks do not hold it.
+//!   so many requests stand in the line of prefill, on average, while the instance computes it. So where little is to do the
+//!   fastest answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then. As
+//!   long again as its own time, scaled by the shortfall, when the free KV blocks do not hold it.
 //! - **Decode**: the tokens expected x the step with this request in the batch, each sequence of which attends to all that it has,
 //!   whether or not others have the same blocks; the time by which it makes the steps of the others in it longer; as long again
 //!   as its own steps, scaled by the shortfall, when the free KV blocks do not hold it; the time until others have ended, where as
@@ -152,8 +152,7 @@ impl Pricing<'_> {
         let waiting = if row.is_prefill() { self.waiting(row) } else { 0.0 };
         let between = row.speed.steps(tokens as f64) * step_micros;
         let ttft_micros = in_line_micros + row.queue_micros + own + between;
-        let left_micros = self.ttft_left_micros();
-        let late = (ttft_micros - left_micros).max(0.0);
+        let late = (ttft_micros - self.ttft_left_micros()).max(0.0);
         let late_for_queue = late > 0.0 && late <= row.queue_micros;
         // Of both parts on one instance decode pays for that.
         let short = if side == Side::Prefill { own * shortfall(row, self.ask, side, cached) } else { 0.0 };

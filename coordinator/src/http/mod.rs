@@ -35,7 +35,7 @@ use tracing::Instrument;
 use crate::{
     keys::Caller,
     prepare::Endpoint,
-    report::Report,
+    report::{Report, bug},
     serve::{Received, Service},
     stream::{Delta, Step, Streaming},
 };
@@ -112,10 +112,7 @@ async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next:
 
 /// A bug in a handler ends its request with an error of the usual shape, not with a cut connection.
 fn guarded(routes: Router) -> Router {
-    let told = |_: Box<dyn Any + Send>| {
-        let message = "the request met a bug in the coordinator; its log says where";
-        error_response(&ApiError::new(ErrorCode::Internal, message))
-    };
+    let told = |_: Box<dyn Any + Send>| error_response(&bug());
     let guard = ServiceBuilder::new().layer(middleware::from_fn(identified));
     routes.layer(guard.layer(CatchPanicLayer::custom(told)))
 }

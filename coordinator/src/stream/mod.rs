@@ -13,7 +13,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::ApiError;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -24,7 +24,7 @@ use crate::{
     keys::{Call, Tenant},
     models::Model,
     prepare::Shape,
-    report::Report,
+    report::{Report, bug},
     requests::CardGuard,
 };
 
@@ -137,8 +137,7 @@ impl Streaming {
 
     /// Ends an answer that met a bug: the error that its client is told, if it can be.
     pub fn broke(mut self) -> ApiError {
-        let error =
-            ApiError::new(ErrorCode::Internal, "the answer met a bug in the coordinator; its log says where");
+        let error = bug();
         self.holds.report.failed(&error);
         self.give_up(CancelReason::Bug);
         error
