@@ -1,5 +1,7 @@
 //! Starts the coordinator: flags and configuration, then [`baton_coordinator::run`] until a shutdown.
 
+mod memory;
+
 use std::process::ExitCode;
 
 use baton_process::CommonArgs;
