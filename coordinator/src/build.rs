@@ -81,6 +81,7 @@ pub fn assemble(
             attachments,
             handoffs: Arc::default(),
             breakers,
+            placements: metrics.placements.clone(),
             closed: CancellationToken::new(),
         }),
         carry: config.carry,

@@ -12,8 +12,9 @@ use tikv_jemallocator::Jemalloc;
 static ALLOCATOR: Jemalloc = Jemalloc;
 
 /// jemalloc's options, by the names of its manual. Huge pages have to be asked for, as most systems give them to none but who
-/// does; where there are none, the others serve. `_RJEM_MALLOC_CONF` in the environment is read after this.
-const OPTIONS: &CStr = c"thp:always,metadata_thp:always";
+/// does; where there are none, the others serve. What is free is given back after a minute: given back sooner, it is asked for
+/// again by the next long prompt, which waits for zeros. `_RJEM_MALLOC_CONF` in the environment is read after this.
+const OPTIONS: &CStr = c"thp:always,metadata_thp:always,dirty_decay_ms:60000";
 
 /// A C string, as jemalloc reads it.
 #[repr(transparent)]

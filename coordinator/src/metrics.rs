@@ -66,6 +66,16 @@ pub struct MigrationLabels {
     pub model: Arc<str>,
 }
 
+/// A prompt that was placed, and [how](baton_schedule::Placement::way).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PlacementLabels {
+    pub model: Arc<str>,
+    pub way: &'static str,
+}
+
+/// Prompts that were placed, those of requests that go on elsewhere too.
+pub type Placements = Family<PlacementLabels, Counter>;
+
 /// Requests refused for want of room or time, by what there was none of: a [`Refusal`]'s name.
 pub type Refusals = Family<ReasonLabel, Counter>;
 
@@ -83,6 +93,7 @@ pub struct Metrics {
     pub in_flight: Gauge,
     pub queued: Gauge,
     pub refusals: Refusals,
+    pub placements: Placements,
     /// Of `limits.max_held_body_bytes`, in bytes.
     pub body_reserved: Gauge,
     /// Of `limits.max_held_prompt_bytes`, in bytes.
@@ -213,6 +224,11 @@ impl Metrics {
                 "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
                  bodies, memory for their prompts and log probabilities; or by what took too long: their wait, the backlog before them, their \
                  body",
+            ),
+            placements: shown(
+                to,
+                "placements",
+                "Prompts placed, again too, by how the work is shared: apart, or all on an instance of this role, and model",
             ),
             body_reserved: bytes(to, "body_reserved", "Reserved of limits.max_held_body_bytes"),
             prompt_reserved: bytes(to, "prompt_reserved", "Reserved of limits.max_held_prompt_bytes"),

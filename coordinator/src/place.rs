@@ -18,6 +18,7 @@ use crate::{
     dispatch::{Assignment, Generation, NotSent},
     fleet::{Breakers, Trials, keeper::Attachments},
     handoffs::Handoffs,
+    metrics::{PlacementLabels, Placements},
     prepare::{PreparedPrompt, Served},
 };
 
@@ -27,6 +28,7 @@ pub struct Placer {
     pub attachments: Arc<Attachments>,
     pub handoffs: Arc<Handoffs>,
     pub breakers: Arc<Breakers>,
+    pub placements: Placements,
     /// Cancelled when the process has no more time for requests: nobody waits for a place from then on.
     pub closed: CancellationToken,
 }
@@ -81,6 +83,8 @@ impl Placer {
         let admitting = self.breakers.admitting(avoid, Instant::now());
         let booking = self.board.book(&wanted(served, asked, &chains, admitting.avoid(), among))?;
         let trials = admitting.booked(booking.credit.pair());
+        let labels = PlacementLabels { model: served.name.clone(), way: booking.placement.way() };
+        self.placements.get_or_create(&labels).inc();
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "booked");
         Ok(Booked { booking, trials })
     }

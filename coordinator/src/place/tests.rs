@@ -10,6 +10,7 @@ pub(crate) fn placer(board: Arc<Board>, attachments: Attachments) -> Placer {
         attachments: Arc::new(attachments),
         handoffs: Arc::default(),
         breakers: Arc::new(Breakers::new(&metrics)),
+        placements: metrics.placements.clone(),
         closed: CancellationToken::new(),
     }
 }

@@ -42,5 +42,9 @@ async fn a_decode_instance_that_has_nothing_to_do_is_given_a_short_prompt_whole_
         let expected = if local { vec![("d", "whole")] } else { vec![("d", "decode"), ("p", "prefill")] };
         assert_eq!(taken, expected);
         cluster.at_rest().await;
+        let way = if local { "decode" } else { "apart" };
+        let counted = format!("baton_coordinator_placements_total{{model=\"tiny\",way=\"{way}\"}} 1\n");
+        let metrics = cluster.get("/metrics").await.text().await.expect("text");
+        assert!(metrics.contains(&counted), "{counted} is not in\n{metrics}");
     }
 }

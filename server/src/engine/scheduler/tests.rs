@@ -11,7 +11,9 @@ use crate::engine::{
 };
 
 mod admission;
+mod choices;
 mod handed_on;
+mod handoffs;
 mod histories;
 mod occupancy;
 mod quarantine;
@@ -248,95 +250,6 @@ fn the_youngest_is_preempted_and_computed_again() {
 }
 
 #[test]
-fn a_decode_leg_without_an_offer_holds_nothing_but_its_place() {
-    let mut scheduler = scheduler(8);
-    (0..8).for_each(|id| scheduler.add(sequence(id, 4, 4, decode())));
-    scheduler.add(sequence(8, 4, 4, Work::Whole));
-    assert!(matches!(&ends(&mut scheduler)[..], [(8, LegEnd::Failed(e))] if e.code == ErrorCode::QueueFull));
-    assert_eq!((scheduler.occupancy().waiting, scheduler.occupancy().blocks_free), (8, 8));
-    assert_eq!(
-        scheduler.occupancy().counts.accepted,
-        Accepted::default(),
-        "it was taken on where it prefills"
-    );
-    scheduler.take_effects();
-    scheduler.cancel(SequenceId(0));
-    assert!(matches!(
-        &scheduler.take_effects()[..],
-        [Effect::Unwatch { id: SequenceId(0) }, Effect::Refuse { .. }]
-    ));
-    // What is behind them in time is served before them.
-    scheduler.add(sequence(9, 4, 1, Work::Whole));
-    assert_eq!(step(&mut scheduler, 1), [(9, 0, 4)]);
-    let late = ApiError::new(ErrorCode::HandoffFailed, "late");
-    scheduler.offered(SequenceId(1), Err(late.clone()));
-    scheduler.offered(SequenceId(0), Ok(()));
-    scheduler.offered(SequenceId(3), Ok(()));
-    let ends = ends(&mut scheduler);
-    assert!(ends.contains(&(1, LegEnd::Failed(late))), "{ends:?}");
-    step(&mut scheduler, 1);
-    let expected =
-        scheduler.take_effects().into_iter().filter(|effect| matches!(effect, Effect::Expect { .. }));
-    assert_eq!(expected.count(), 1);
-    assert_eq!(scheduler.occupancy().receiving, 1);
-}
-
-#[test]
-fn a_prefill_leg_hands_on_and_keeps_its_blocks_until_released() {
-    let mut scheduler = scheduler(8);
-    scheduler.add(sequence(1, 20, 9, prefill()));
-    assert_eq!(step(&mut scheduler, 3), [(1, 0, 16)]);
-    assert!(
-        matches!(&scheduler.take_effects()[..], [Effect::Offer { offer, .. }] if offer.blocks.len() == 5)
-    );
-    assert_eq!(step(&mut scheduler, 3), [(1, 16, 4)]);
-    assert_eq!(scheduler.take_effects(), [Effect::Seal { id: SequenceId(1), first_tokens: 3.into() }]);
-    assert_eq!(step(&mut scheduler, 3), []);
-    assert_eq!(scheduler.occupancy().blocks_free, 3);
-    scheduler.transfer_ended(SequenceId(1), Ok(()));
-    assert_eq!(scheduler.occupancy().blocks_free, 8);
-    assert!(matches!(
-        ends(&mut scheduler)[..],
-        [(1, LegEnd::Finished { reason: FinishReason::HandedOff, completion_tokens: 1, .. })]
-    ));
-}
-
-#[test]
-fn a_prefill_leg_whose_first_token_is_the_last_closes_its_transfer() {
-    let mut scheduler = scheduler(8);
-    scheduler.add(sequence(1, 8, 1, prefill()));
-    step(&mut scheduler, 3);
-    assert!(matches!(&scheduler.take_effects()[..], [Effect::Offer { .. }, Effect::Close { .. }]));
-    assert!(matches!(ends(&mut scheduler)[..], [(1, LegEnd::Finished { reason: FinishReason::Length, .. })]));
-    assert_eq!(scheduler.occupancy().blocks_free, 6, "freed before the fence");
-    scheduler.transfer_ended(SequenceId(1), Err(ApiError::new(ErrorCode::Cancelled, "closed")));
-    assert_eq!(scheduler.occupancy().blocks_free, 8);
-    assert_eq!(ends(&mut scheduler), []);
-}
-
-#[test]
-fn a_decode_leg_reserves_receives_and_goes_on_from_the_first_token() {
-    let mut scheduler = scheduler(8);
-    scheduler.add(sequence(1, 8, 3, decode()));
-    assert_eq!(step(&mut scheduler, 3), []);
-    assert!(matches!(&scheduler.take_effects()[..], [Effect::Watch { .. }]));
-    assert_eq!(scheduler.occupancy().blocks_free, 8, "it holds blocks before its prefill does");
-    scheduler.offered(SequenceId(1), Ok(()));
-    assert_eq!(step(&mut scheduler, 3), []);
-    assert!(
-        matches!(&scheduler.take_effects()[..], [Effect::Expect { expect, .. }] if expect.blocks.len() == 3)
-    );
-    scheduler.received(SequenceId(1), &[42]);
-    assert_eq!(step(&mut scheduler, 3), [(1, 8, 1)]);
-    assert_eq!(step(&mut scheduler, 4), [(1, 9, 1)]);
-    let outputs = scheduler.take_outputs();
-    let tokens: Vec<_> =
-        outputs.iter().map(|(_, update)| (update.first_position, &update.tokens[..])).collect();
-    assert_eq!(tokens, [(1, &[3][..]), (2, &[4][..]), (3, &[][..])]);
-    assert_eq!(scheduler.occupancy().blocks_free, 8);
-}
-
-#[test]
 fn the_deadline_ends_a_sequence_in_any_state() {
     let mut scheduler = scheduler(8);
     let now = Instant::now();
@@ -448,51 +361,4 @@ fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
     choices.sort_by_key(|told| told.0);
     let of = |choice| [(choice, 0, vec![5], false), (choice, 1, vec![5, 5], true)];
     assert_eq!(choices, [of(0), of(1)].concat());
-}
-
-#[test]
-fn choices_share_their_prompt_and_copy_its_last_block() {
-    let mut scheduler = scheduler(20);
-    scheduler.add(sequence(10, 6, 3, Work::Whole).asking(|asked| asked.choices = 3));
-    assert_eq!(step(&mut scheduler, 1), [(10, 0, 6)]);
-    assert_eq!(told(&mut scheduler), [0, 1, 2].map(|choice| (choice, 0, vec![1], false)));
-    assert_eq!(scheduler.blocks.room(), 18, "the prompt is held once");
-    assert_eq!(step(&mut scheduler, 1), [(10, 6, 1), (11, 6, 1), (12, 6, 1)]);
-    assert_eq!(scheduler.take_copies().len(), 2, "the last to write does so in place");
-    assert_eq!(scheduler.blocks.room(), 16);
-    scheduler.cancel_choices(SequenceId(10), 1..2);
-    assert_eq!(step(&mut scheduler, 1), [(10, 7, 1), (12, 7, 1)]);
-    let ends = ends(&mut scheduler).into_iter().map(|(leg, _)| leg).collect::<Vec<_>>();
-    assert_eq!((ends, scheduler.blocks.room()), (vec![10, 10, 10], 20));
-}
-
-#[test]
-fn a_prefill_leg_seals_the_first_token_of_every_choice() {
-    let mut scheduler = scheduler(20);
-    scheduler.add(sequence(1, 6, 5, prefill()).asking(|asked| asked.choices = 3));
-    scheduler.cancel_choices(SequenceId(1), 0..1);
-    let plan = scheduler.schedule();
-    scheduler.take_effects();
-    // The second choice ends with its first token; the first has been cancelled, and is counted all the same.
-    let sampled = [(0, 7), (1, 99), (2, 8)].map(|(choice, token)| Sampled { choice, token, logprobs: None });
-    scheduler.computed(&plan[0], sampled.to_vec());
-    let seal = Effect::Seal { id: SequenceId(1), first_tokens: FirstTokens::new(&[7, 99, 8]).expect("few") };
-    assert_eq!(scheduler.take_effects(), [seal]);
-    let expected =
-        [(0, 0, vec![], true), (1, 0, vec![99], false), (2, 0, vec![8], false), (1, 1, vec![], true)];
-    assert_eq!(told(&mut scheduler), expected);
-    scheduler.transfer_ended(SequenceId(1), Ok(()));
-    assert_eq!(told(&mut scheduler), [(2, 1, vec![], true)]);
-}
-
-#[test]
-fn more_choices_than_sequences_are_refused_by_name() {
-    let mut scheduler = scheduler(20);
-    scheduler.add(sequence(1, 6, 5, Work::Whole).asking(|asked| asked.choices = 5));
-    let ends = ends(&mut scheduler);
-    assert_eq!(ends.len(), 5);
-    for (_, end) in ends {
-        let LegEnd::Failed(error) = end else { panic!("{end:?}") };
-        assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some("n")));
-    }
 }
