@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
-use baton_schedule::Among;
+use baton_schedule::{Among, board::Way};
 use futures::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
@@ -237,7 +237,7 @@ impl Attempts {
             return None;
         }
         let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);
-        let handed_on = booked.booking.handed_on;
+        let handed_on = booked.booking.way == Way::HandedOn;
         let started = placer.start(booked, assignment.clone());
         Some(started.map(|generation| Moved { generation, placing, handed_on }))
     }

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::Band;
+use baton_schedule::board::Way;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -66,14 +67,14 @@ pub struct MigrationLabels {
     pub model: Arc<str>,
 }
 
-/// A prompt that was placed, and [how](baton_schedule::Placement::way).
+/// A prompt that was given to instances, and [how](Way).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PlacementLabels {
     pub model: Arc<str>,
     pub way: &'static str,
 }
 
-/// Prompts that were placed, those of requests that go on elsewhere too.
+/// Prompts that were given to instances, those of requests that go on elsewhere too.
 pub type Placements = Family<PlacementLabels, Counter>;
 
 /// Requests refused for want of room or time, by what there was none of: a [`Refusal`]'s name.
@@ -228,7 +229,8 @@ impl Metrics {
             placements: shown(
                 to,
                 "placements",
-                "Prompts placed, again too, by how the work is shared: apart, or all on an instance of this role, and model",
+                "Prompts given to instances, again too, by how the work is shared (apart, handed_on by one that drains, or all on \
+                 one of this role) and model",
             ),
             body_reserved: bytes(to, "body_reserved", "Reserved of limits.max_held_body_bytes"),
             prompt_reserved: bytes(to, "prompt_reserved", "Reserved of limits.max_held_prompt_bytes"),
@@ -286,6 +288,9 @@ impl Metrics {
 
     /// Those of the model of this name, which are shown from now on.
     pub fn of_model(&self, name: Arc<str>) -> ModelMetrics {
+        for way in Way::ALL {
+            drop(self.placements.get_or_create(&PlacementLabels { model: name.clone(), way: way.name() }));
+        }
         let (by_model, label) = (&self.by_model, ModelLabel { model: name });
         ModelMetrics {
             ready: by_model.ready.get_or_create_owned(&label),

@@ -47,6 +47,7 @@ pub struct Asked<'a> {
 pub struct Booked {
     pub booking: Booking,
     trials: Trials,
+    labels: PlacementLabels,
 }
 
 impl Placer {
@@ -83,10 +84,9 @@ impl Placer {
         let admitting = self.breakers.admitting(avoid, Instant::now());
         let booking = self.board.book(&wanted(served, asked, &chains, admitting.avoid(), among))?;
         let trials = admitting.booked(booking.credit.pair());
-        let labels = PlacementLabels { model: served.name.clone(), way: booking.placement.way() };
-        self.placements.get_or_create(&labels).inc();
+        let labels = PlacementLabels { model: served.name.clone(), way: booking.way.name() };
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "booked");
-        Ok(Booked { booking, trials })
+        Ok(Booked { booking, trials, labels })
     }
 
     /// Where it would go, were it placed now.
@@ -136,9 +136,10 @@ impl Placer {
 
     /// Dispatches what has been booked.
     pub fn start(&self, booked: Booked, assignment: Assignment) -> Result<Generation, NotSent> {
-        let Booked { booking, trials } = booked;
+        let Booked { booking, trials, labels } = booked;
         let generation = Generation::start(&self.attachments, &self.handoffs, booking, assignment)?;
         trials.sent();
+        self.placements.get_or_create(&labels).inc();
         Ok(generation)
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     view::View,
 };
 use booking::Part;
-pub use booking::{Booking, Credit, LegNews};
+pub use booking::{Booking, Credit, LegNews, Way};
 
 /// Instances take longer times to the first token for this.
 const TTFT_TARGET_MOST: Duration = Duration::from_secs(3600);
@@ -314,6 +314,13 @@ impl Board {
             let work = Work { prefill_tokens, prefill_pairs, requests: 1, sequences, blocks };
             Part { instance: assignee.instance.clone(), work, leg: None, expected: None }
         };
+        let way = match &placement {
+            Placement::Alone(alone) => {
+                Way::Alone(state.view.row(&alone.instance).and_then(|row| row.role).unwrap_or_default())
+            }
+            Placement::Apart { .. } if among.handed_on_by().is_some() => Way::HandedOn,
+            Placement::Apart { .. } => Way::Apart,
+        };
         let (mut prefill, mut decode) = match &placement {
             Placement::Alone(assignee) => (part(assignee, true, choices), None),
             Placement::Apart { prefill, decode } => {
@@ -328,7 +335,7 @@ impl Board {
         }
         let decode_waits = matches!(&placement, Placement::Apart { decode, .. } if decode.waits);
         let credit = Credit { board: self.clone(), prefill, decode, decode_waits };
-        Ok(Booking { placement, receipt, credit, handed_on: among.handed_on_by().is_some() })
+        Ok(Booking { placement, receipt, credit, way })
     }
 
     /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.

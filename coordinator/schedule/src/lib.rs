@@ -23,7 +23,7 @@ pub mod queue;
 mod settings;
 pub mod view;
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, Role, RoleEpoch};
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
 use tokio::time::Instant;
 
 use caches::Held;
@@ -153,7 +153,6 @@ impl Side {
 pub struct Assignee {
     pub instance: InstanceId,
     pub incarnation: Incarnation,
-    pub role: Role,
     pub role_epoch: RoleEpoch,
     pub model: String,
     pub handoff_endpoint: String,
@@ -184,14 +183,6 @@ impl Placement {
         match self {
             Self::Alone(alone) => [alone; 2],
             Self::Apart { prefill, decode } => [prefill, decode],
-        }
-    }
-
-    /// How the work is shared, for counters: `apart`, or the role of whoever does all of it.
-    pub fn way(&self) -> &'static str {
-        match self {
-            Self::Alone(alone) => alone.role.name(),
-            Self::Apart { .. } => "apart",
         }
     }
 }

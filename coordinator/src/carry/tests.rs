@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     config::LimitsConfig,
     fleet::{attachment::standing::standing, keeper::Attachments},
-    metrics::Metrics,
+    metrics::{Metrics, PlacementLabels},
     models::Models,
     place::{Booked, tests::placer},
     prepare::{
@@ -107,6 +107,9 @@ async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
         assert_eq!(on(&trial), "a", "the first was not sent");
         assert_eq!(placer.start(trial, assignment.clone()).is_ok(), sent);
         assert_eq!(on(&book()), if sent { "b" } else { "a" });
+        let labels = PlacementLabels { model: model.served.name.clone(), way: "mixed" };
+        let counted = placer.placements.get_or_create(&labels).get();
+        assert_eq!(counted, u64::from(sent), "of five bookings only what was sent");
     }
 }
 

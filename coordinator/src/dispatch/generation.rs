@@ -7,7 +7,10 @@ use std::{collections::VecDeque, future::Future, mem, pin::Pin, sync::Arc, task:
 
 use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId};
-use baton_schedule::{Assignee, Pair, Placement, Side, board::Booking};
+use baton_schedule::{
+    Assignee, Pair, Placement, Side,
+    board::{Booking, Way},
+};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -125,7 +128,8 @@ impl Generation {
         booking: Booking,
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
-        let Booking { placement, mut credit, handed_on, .. } = booking;
+        let Booking { placement, mut credit, way, .. } = booking;
+        let handed_on = way == Way::HandedOn;
         let (sampling, prompt) = (&assignment.prompt.sampling, assignment.prompt.tokens.to_wire());
         let mailbox = Arc::new(Mailbox::new(Expected {
             choices: sampling.choices,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{InstanceId, LegId};
+use baton_proto::{InstanceId, LegId, Role};
 use tokio::time::Instant;
 
 use super::Board;
@@ -16,8 +16,37 @@ pub struct Booking {
     pub placement: Placement,
     pub receipt: Receipt,
     pub credit: Credit,
-    /// Who prefills has all of the cache but a block at most, and is to hand it on though it drains.
-    pub handed_on: bool,
+    pub way: Way,
+}
+
+/// How the work of a request is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// One computes the prompt, and hands its cache over to another.
+    Apart,
+    /// Who has all of the cache but a block at most hands it on, though it drains.
+    HandedOn,
+    /// One does all of it, in this role.
+    Alone(Role),
+}
+
+impl Way {
+    /// All that there can be.
+    pub const ALL: [Self; 5] = [
+        Self::Apart,
+        Self::HandedOn,
+        Self::Alone(Role::Mixed),
+        Self::Alone(Role::Prefill),
+        Self::Alone(Role::Decode),
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Apart => "apart",
+            Self::HandedOn => "handed_on",
+            Self::Alone(role) => role.name(),
+        }
+    }
 }
 
 /// Of what an instance says of a leg, what the ledger is to know.

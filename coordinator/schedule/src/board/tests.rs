@@ -54,7 +54,7 @@ fn goes_on(from: &str, there: &[&str], avoid: &[&str]) -> Result<String, NoPlace
     }
     let (from, avoid) = (spec(from).id, avoid.iter().map(|id| spec(id).id).collect::<Vec<_>>());
     let booking = board.book(&Wanted { avoid: &avoid, ..handed_on_by(&from) })?;
-    assert!(booking.handed_on);
+    assert_eq!(booking.way, Way::HandedOn);
     let Placement::Apart { prefill, decode } = &booking.placement else { panic!("{:?}", booking.placement) };
     assert_eq!((&prefill.instance, prefill.role_epoch), (&from, ready(Role::Decode).epoch));
     assert_eq!((prefill.uncached_tokens, prefill.blocks), (2, 1));

@@ -40,7 +40,6 @@ impl Candidate<'_> {
         Assignee {
             instance: spec.id.clone(),
             incarnation: spec.incarnation,
-            role: self.row.role.unwrap_or_default(),
             role_epoch: self.row.role_epoch.unwrap_or_default(),
             model: spec.model.clone(),
             handoff_endpoint: spec.handoff_endpoint.clone(),
