@@ -32,6 +32,11 @@ impl<const N: usize> Fit<N> {
         self.samples == 0.0
     }
 
+    /// How many there were, less what is forgotten of them.
+    pub(super) fn samples(&self) -> f64 {
+        self.samples
+    }
+
     /// For features `x`, scaled to about 1, `y` was measured.
     pub(super) fn learn(&mut self, x: [f64; N], y: f64) {
         self.samples = KEPT * self.samples + 1.0;

@@ -1,11 +1,11 @@
 //! Machines of known speed are learnt; liars, noise and restarts do not break what is believed.
 
-use std::num::NonZeroU32;
+use std::{num::NonZeroU32, time::Duration};
 
 use baton_proto::attention_pairs;
 use proptest::prelude::*;
 
-use super::*;
+use super::{fit::at, work::HALF_LIFE, *};
 use crate::fleet::testing::spec;
 
 /// A machine that takes so long, with noise of a tenth, and what it has reported so far.
@@ -169,6 +169,47 @@ fn a_restart_is_learnt_anew_and_counters_that_went_back_teach_nothing() {
     assert!((micros(before) / micros(kind) - 1.0).abs() < 0.1);
     speeds.forget(&machine.spec.id);
     assert_eq!(speeds.of(&machine.spec, now), kind);
+}
+
+/// A step may be held up by anything: one of two equals that was is not left aside for it.
+#[test]
+fn a_step_that_was_held_up_says_little() {
+    for held_up in [1, 2, 3, 5, 20] {
+        let (mut speeds, now) = (Speeds::default(), Instant::now());
+        let mut pair = ["a", "b"].map(|id| Machine::new(id, FAST.0, FAST.1));
+        for report in 1..=25 {
+            if report == held_up {
+                pair[0].load.timed.prefill_micros += 5_000_000;
+                pair[0].load.timed.decode_micros += 5_000_000;
+            }
+            // The other has nothing to do at first: of that nothing is known but what one of its kind is.
+            pair.iter_mut()
+                .take(1 + usize::from(report > 5))
+                .for_each(|machine| machine.work(&mut speeds, now));
+            if report <= held_up.max(4) {
+                continue;
+            }
+            let [of_one, of_other] = pair.each_ref().map(|machine| speeds.of(&machine.spec, now));
+            let prefill = |speed: Speed| speed.prefill_micros(500.0, 125_000.0);
+            let step = |speed: Speed| speed.step_micros(30.0, 60_000.0);
+            let ratios = [prefill(of_one) / prefill(of_other), step(of_one) / step(of_other)];
+            assert!(ratios.iter().all(|ratio| *ratio < 1.4), "step {held_up}, report {report}: {ratios:?}");
+        }
+    }
+}
+
+/// What lasts is believed from the second sample on.
+#[test]
+fn an_instance_that_has_become_slow_is_soon_known_to_be() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut pair = ["a", "b"].map(|id| Machine::new(id, FAST.0, FAST.1));
+    (0..10).for_each(|_| pair.iter_mut().for_each(|machine| machine.work(&mut speeds, now)));
+    (pair[0].prefill, pair[0].decode) = (FAST.0.map(|each| 4.0 * each), FAST.1.map(|each| 4.0 * each));
+    (0..5).for_each(|_| pair.iter_mut().for_each(|machine| machine.work(&mut speeds, now)));
+    let [slow, fast] = pair.each_ref().map(|machine| speeds.of(&machine.spec, now));
+    let prefill = |speed: Speed| speed.prefill_micros(500.0, 125_000.0);
+    let ratio = prefill(slow) / prefill(fast);
+    assert!(ratio > 1.5, "{ratio}");
 }
 
 proptest! {
