@@ -50,6 +50,8 @@ pub struct Spec {
     pub context_tokens: u32,
     /// Prefill and decode are paired only if the caches of one can be handed to the other: if this is equal.
     pub layout: String,
+    /// On which and how many devices it runs: those that run one model on the same are about as fast.
+    pub hardware: String,
     /// Of the protocol by which they are handed: those of a pair have one in common.
     pub handoff_protocols: Protocols,
     pub block_tokens: u32,
@@ -78,6 +80,10 @@ impl From<&InstanceSpec> for Spec {
             revision: spec.model.revision.clone(),
             context_tokens: spec.context_tokens,
             layout: spec.kv_layout.handover_class().to_owned(),
+            hardware: format!(
+                "{} x {}, tensor parallel {}",
+                spec.device, spec.device_count, spec.kv_layout.tensor_parallel
+            ),
             handoff_protocols: spec.handoff_protocols,
             block_tokens: spec.kv_layout.block_tokens.max(1),
             token_bytes: spec.kv_layout.block_bytes.saturating_mul(spec.kv_layout.layers.into())

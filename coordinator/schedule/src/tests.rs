@@ -9,7 +9,7 @@ use super::{
     caches::{Caches, Subject},
     chains::{Chains, Dialect, KnownStrides},
     fleet::{
-        Fleet, Load, Role, Spec,
+        Fleet, Load, Role, Spec, Timed,
         testing::{ready, spec},
     },
     ledger::{Ledger, Work},
@@ -40,10 +40,26 @@ fn view(fleet: &Fleet, ledger: &Ledger) -> View {
     let instances = fleet.models().flat_map(|(_, alike)| alike.values());
     for instance in instances {
         // Often enough to be believed.
-        (0..50).for_each(|_| speeds.reported(&instance.spec, &instance.load(), Instant::now()));
+        (0..50).for_each(|steps| {
+            speeds.reported(&instance.spec, &after(steps, instance.load()), Instant::now());
+        });
     }
     view.listed(fleet, ledger, &speeds, Instant::now());
     view
+}
+
+/// What an instance tells after so many steps of each kind, which took what it says that they take.
+fn after(steps: u64, load: Load) -> Load {
+    let mut timed = Timed::default();
+    if let Some(micros) = 512_000_000u64.checked_div(load.prefill_tokens_per_second) {
+        timed.prefill_micros = steps.saturating_mul(micros);
+        (timed.prefill_steps, timed.prefill_tokens) = (steps, steps * 512);
+    }
+    if load.decode_step_micros > 0 {
+        timed.decode_micros = steps.saturating_mul(load.decode_step_micros);
+        (timed.decode_steps, timed.decode_sequences) = (steps, steps * u64::from(load.batch()));
+    }
+    Load { timed, ..load }
 }
 
 const SETTINGS: Settings = Settings {

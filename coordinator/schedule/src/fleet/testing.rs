@@ -14,6 +14,7 @@ pub fn spec(id: &str) -> Spec {
         revision: "r1".into(),
         context_tokens: 1024,
         layout: "l1".into(),
+        hardware: "cpu".into(),
         handoff_protocols: Protocols::FIRST,
         block_tokens: 16,
         token_bytes: 0,

@@ -17,31 +17,38 @@ pub(super) struct Fit<const N: usize> {
     targets: [f64; N],
     /// Of the features, over the samples that count.
     means: [f64; N],
-    samples: f64,
+    weight: f64,
 }
 
 impl<const N: usize> Default for Fit<N> {
     fn default() -> Self {
-        Self { products: [[0.0; N]; N], targets: [0.0; N], means: [0.0; N], samples: 0.0 }
+        Self { products: [[0.0; N]; N], targets: [0.0; N], means: [0.0; N], weight: 0.0 }
     }
 }
 
 impl<const N: usize> Fit<N> {
     /// There was no sample yet.
     pub(super) fn is_new(&self) -> bool {
-        self.samples == 0.0
+        self.weight == 0.0
     }
 
-    /// How many there were, less what is forgotten of them.
-    pub(super) fn samples(&self) -> f64 {
-        self.samples
+    /// How many samples there were, less what is forgotten of them.
+    pub(super) fn weight(&self) -> f64 {
+        self.weight
+    }
+
+    /// So much is left of what samples count, of 1.
+    pub(super) fn fade(&mut self, left: f64) {
+        self.weight *= left;
+        self.targets = self.targets.map(|sum| sum * left);
+        self.products = self.products.map(|sums| sums.map(|sum| sum * left));
     }
 
     /// For features `x`, scaled to about 1, `y` was measured.
     pub(super) fn learn(&mut self, x: [f64; N], y: f64) {
-        self.samples = KEPT * self.samples + 1.0;
+        self.weight = KEPT * self.weight + 1.0;
         for i in 0..N {
-            self.means[i] += (x[i] - self.means[i]) / self.samples;
+            self.means[i] += (x[i] - self.means[i]) / self.weight;
             self.targets[i] = KEPT * self.targets[i] + x[i] * y;
             for j in 0..N {
                 self.products[i][j] = KEPT * self.products[i][j] + x[i] * x[j];
@@ -53,7 +60,7 @@ impl<const N: usize> Fit<N> {
     /// there on: where samples hardly tell one from another, the rounds of several calls bring them apart, each from the last.
     pub(super) fn solve(&self, before: [f64; N], samples: f64) -> [f64; N] {
         let mut line = before;
-        if self.samples == 0.0 {
+        if self.weight == 0.0 {
             return line;
         }
         for _ in 0..ROUNDS {
@@ -68,7 +75,7 @@ impl<const N: usize> Fit<N> {
 
     /// `line`, made to say at the features of these samples what is within this factor of what `like` says.
     pub(super) fn near(&self, line: [f64; N], like: [f64; N], factor: f64) -> [f64; N] {
-        let (said, expected) = (at(line, self.means), at(like, self.means));
+        let (said, expected) = (predicted(line, self.means), predicted(like, self.means));
         if said <= 0.0 || expected <= 0.0 {
             return like;
         }
@@ -78,6 +85,6 @@ impl<const N: usize> Fit<N> {
 }
 
 /// What the line says for features `x`.
-pub(super) fn at<const N: usize>(line: [f64; N], x: [f64; N]) -> f64 {
+pub(super) fn predicted<const N: usize>(line: [f64; N], x: [f64; N]) -> f64 {
     line.iter().zip(x).map(|(coefficient, x)| coefficient * x).sum()
 }

@@ -7,14 +7,14 @@
 //!
 //! Samples are differences of counters that each instance reports of steps which did one kind of work alone
 //! (`InstanceLoad`, fields 27 to 34 and 36): exact means, however far apart reports are, and no clock of this process is in
-//! them. Instances of one *kind*, which run one model in one layout of KV caches, are alike until they show otherwise: what
+//! them. Instances of one *kind*, which run one model on like devices in one layout of KV caches, are alike until they show otherwise: what
 //! is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades towards its kind while
-//! nothing new is heard of that ([`work::HALF_LIFE`]), so that an instance that was slow once is tried again. What is believed of one
-//! is kept within reason of its kind ([`work`]), and its first few samples are of its kind alone.
+//! nothing new is heard of that ([`step_time::HALF_LIFE`]), so that an instance that was slow once is tried again. What is believed of one
+//! is kept within reason of its kind ([`step_time`]), and its first few samples are of its kind alone.
 
 mod fit;
 mod lengths;
-mod work;
+mod step_time;
 
 use std::collections::HashMap;
 
@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use crate::fleet::{Load, Spec, Timed};
 pub use lengths::Lengths;
-use work::{Own, Sample, Work};
+use step_time::{OwnStepTime, Sample, StepTime};
 
 /// Of a kind of which nothing is known: microseconds for each token, each pair, and each step that computes prompts.
 const UNKNOWN_PREFILL: [f64; 3] = [500.0, 0.0, 0.0];
@@ -85,8 +85,9 @@ impl Speed {
 struct Kind {
     revision: String,
     layout: String,
-    prefill: Work,
-    decode: Work,
+    hardware: String,
+    prefill: StepTime,
+    decode: StepTime,
     step_tokens: f64,
 }
 
@@ -94,8 +95,8 @@ struct Kind {
 struct Learner {
     incarnation: Incarnation,
     kind: usize,
-    prefill: Own,
-    decode: Own,
+    prefill: OwnStepTime,
+    decode: OwnStepTime,
     /// The counters as they were reported last, and what it said of its steps.
     counted: Timed,
     step_tokens: f64,
@@ -119,8 +120,8 @@ impl Speeds {
         let new = || Learner {
             incarnation: spec.incarnation,
             kind: number,
-            prefill: Own::unknown(&kind.prefill, now),
-            decode: Own::unknown(&kind.decode, now),
+            prefill: OwnStepTime::unknown(&kind.prefill, now),
+            decode: OwnStepTime::unknown(&kind.decode, now),
             counted: load.timed,
             step_tokens,
             sequence_tokens: None,
@@ -140,11 +141,11 @@ impl Speeds {
         if since.decode_sequences > 0 {
             known.sequence_tokens = Some(since.context_tokens as f64 / since.decode_sequences as f64);
         }
-        if let Some(sample) = prefill_sample(&since, load, step_tokens) {
+        if let Some(sample) = prefill_sample(&since) {
             kind.prefill.learn(sample);
             known.prefill.learn(sample, &kind.prefill, now);
         }
-        if let Some(sample) = decode_sample(&since, load) {
+        if let Some(sample) = decode_sample(&since) {
             kind.decode.learn(sample);
             known.decode.learn(sample, &kind.decode, now);
         }
@@ -184,8 +185,9 @@ impl Speeds {
             self.kinds.push(Kind {
                 revision: spec.revision.clone(),
                 layout: spec.layout.clone(),
-                prefill: Work::unknown(UNKNOWN_PREFILL, PREFILL_SCALE),
-                decode: Work::unknown(UNKNOWN_DECODE, DECODE_SCALE),
+                hardware: spec.hardware.clone(),
+                prefill: StepTime::unknown(UNKNOWN_PREFILL, PREFILL_SCALE),
+                decode: StepTime::unknown(UNKNOWN_DECODE, DECODE_SCALE),
                 step_tokens: UNKNOWN_STEP_TOKENS,
             });
             self.kinds.len() - 1
@@ -195,7 +197,7 @@ impl Speeds {
 
 impl Kind {
     fn is(&self, spec: &Spec) -> bool {
-        self.revision == spec.revision && self.layout == spec.layout
+        self.revision == spec.revision && self.layout == spec.layout && self.hardware == spec.hardware
     }
 
     fn speed(&self) -> Speed {
@@ -203,36 +205,19 @@ impl Kind {
     }
 }
 
-/// The mean step that computed prompts since the last report: its tokens, their pairs, and itself.
-fn prefill_sample(since: &Timed, load: &Load, step_tokens: f64) -> Option<Sample> {
-    if load.timed == Timed::default() {
-        // An instance of an earlier version counts no steps, and says recent means alone.
-        let rate = load.prefill_tokens_per_second;
-        return (rate > 0).then(|| Sample {
-            features: [PREFILL_SCALE[0], 0.0, 0.0],
-            micros: PREFILL_SCALE[0] * 1e6 / rate as f64,
-        });
-    }
-    let steps = match since.prefill_steps {
-        // One of a version between does not count these.
-        0 => (since.prefill_tokens as f64 / step_tokens).ceil(),
-        steps => steps as f64,
-    };
-    let mean = |sum: u64| sum as f64 / steps;
-    (since.prefill_tokens > 0).then(|| Sample {
+/// The mean step that computed prompts: its tokens, their pairs, and itself.
+fn prefill_sample(since: &Timed) -> Option<Sample> {
+    let mean = |sum: u64| sum as f64 / since.prefill_steps as f64;
+    (since.prefill_steps > 0 && since.prefill_micros > 0).then(|| Sample {
         features: [mean(since.prefill_tokens), mean(since.prefill_pairs), 1.0],
         micros: mean(since.prefill_micros),
     })
 }
 
 /// The mean step that decoded: itself, its sequences, and their tokens.
-fn decode_sample(since: &Timed, load: &Load) -> Option<Sample> {
-    if load.timed == Timed::default() {
-        let (step, sequences) = (load.decode_step_micros, f64::from(load.batch()));
-        return (step > 0).then_some(Sample { features: [1.0, sequences, 0.0], micros: step as f64 });
-    }
+fn decode_sample(since: &Timed) -> Option<Sample> {
     let mean = |sum: u64| sum as f64 / since.decode_steps as f64;
-    (since.decode_steps > 0).then(|| Sample {
+    (since.decode_steps > 0 && since.decode_micros > 0).then(|| Sample {
         features: [1.0, mean(since.decode_sequences), mean(since.context_tokens)],
         micros: mean(since.decode_micros),
     })

@@ -5,7 +5,7 @@ use std::{num::NonZeroU32, time::Duration};
 use baton_proto::attention_pairs;
 use proptest::prelude::*;
 
-use super::{fit::at, work::HALF_LIFE, *};
+use super::{fit::predicted, step_time::HALF_LIFE, *};
 use crate::fleet::testing::spec;
 
 /// A machine that takes so long, with noise of a tenth, and what it has reported so far.
@@ -33,7 +33,7 @@ impl Machine {
         let (tokens, before) = (64 + self.draw(448), self.draw(60_000));
         let counted = attention_pairs(tokens, before + tokens);
         let noise = 0.9 + self.draw(201) as f64 / 1_000.0;
-        let micros = (at(self.prefill, [tokens as f64, counted as f64, 1.0])) * noise;
+        let micros = (predicted(self.prefill, [tokens as f64, counted as f64, 1.0])) * noise;
         let (sequences, context) = (1 + self.draw(60), self.draw(150_000));
         let step = self.decode[0] + self.decode[1] * sequences as f64 + self.decode[2] * context as f64;
         let timed = &mut self.load.timed;
@@ -55,7 +55,7 @@ fn error(speeds: &Speeds, machine: &Machine, now: Instant) -> f64 {
     let mut worst = 0.0f64;
     for (tokens, whole) in [(1_000.0, 1_000.0), (8_000.0, 8_000.0), (2_000.0, 40_000.0)] {
         let pairs = tokens * (whole - tokens / 2.0);
-        let truth = at(machine.prefill, [tokens, pairs, f64::ceil(tokens / 512.0)]);
+        let truth = predicted(machine.prefill, [tokens, pairs, f64::ceil(tokens / 512.0)]);
         worst = worst.max((speed.prefill_micros(tokens, pairs) / truth - 1.0).abs());
     }
     for (sequences, context) in [(4.0, 20_000.0), (32.0, 100_000.0), (60.0, 60_000.0)] {
@@ -114,7 +114,8 @@ fn a_step_is_told_from_what_is_in_it() {
         };
         let (pairs, steps) = (attention_pairs(tokens, before + tokens), tokens.div_ceil(2_048));
         let timed = &mut machine.load.timed;
-        timed.prefill_micros += (at(prefill, [tokens as f64, pairs as f64, steps as f64]) * noise) as u64;
+        timed.prefill_micros +=
+            (predicted(prefill, [tokens as f64, pairs as f64, steps as f64]) * noise) as u64;
         timed.prefill_tokens += tokens;
         timed.prefill_pairs += pairs;
         timed.prefill_steps += steps;
@@ -125,7 +126,7 @@ fn a_step_is_told_from_what_is_in_it() {
         let speed = speeds.of(&spec("a"), now);
         for (tokens, whole) in [(32_768, 32_768), (2_048, 2_048), (40, 40), (40, 30_000)] {
             let pairs = attention_pairs(tokens, whole) as f64;
-            let truth = at(prefill, [tokens as f64, pairs, tokens.div_ceil(2_048) as f64]);
+            let truth = predicted(prefill, [tokens as f64, pairs, tokens.div_ceil(2_048) as f64]);
             let error = speed.prefill_micros(tokens as f64, pairs) / truth - 1.0;
             assert!(error.abs() < most, "{tokens} of {whole}: {error}");
         }
@@ -146,9 +147,15 @@ fn prefill_fades_while_only_decode_is_heard_of() {
         slow.work(&mut speeds, now);
     }
     let later = now + HALF_LIFE * 20;
-    let timed = &mut slow.load.timed;
-    (timed.decode_micros, timed.decode_steps) = (timed.decode_micros + 100_000, timed.decode_steps + 2);
-    speeds.reported(&slow.spec, &slow.load, later);
+    for seconds in 1..=(later - now).as_secs() {
+        for (machine, micros) in all.iter_mut().map(|machine| (machine, 44_000)).chain([(&mut slow, 88_000)])
+        {
+            let timed = &mut machine.load.timed;
+            (timed.decode_micros, timed.decode_steps) =
+                (timed.decode_micros + micros, timed.decode_steps + 2);
+            speeds.reported(&machine.spec, &machine.load, now + Duration::from_secs(seconds));
+        }
+    }
     let (kind, own) = (speeds.of(&spec("new"), later), speeds.of(&slow.spec, later));
     let prefill = |speed: Speed| speed.prefill_micros(1_000.0, 500_000.0);
     assert!((prefill(own) / prefill(kind) - 1.0).abs() < 1e-3, "it is tried again");
@@ -195,6 +202,66 @@ fn a_step_that_was_held_up_says_little() {
             let ratios = [prefill(of_one) / prefill(of_other), step(of_one) / step(of_other)];
             assert!(ratios.iter().all(|ratio| *ratio < 1.4), "step {held_up}, report {report}: {ratios:?}");
         }
+    }
+}
+
+/// One that is faster than all others of its kind has not been held up before: it is known to be fast, if not how fast.
+#[test]
+fn an_instance_that_is_much_faster_than_its_kind_is_known_to_be() {
+    for (reports, least) in [(6, 1.5), (51, 2.0)] {
+        let (mut speeds, now) = (Speeds::default(), Instant::now());
+        let mut slow = ["a", "b", "c"].map(|id| Machine::new(id, FAST.0, FAST.1));
+        let [prefill, decode] = [FAST.0, FAST.1].map(|line| line.map(|each| each / 4.0));
+        let mut fast = Machine::new("f", prefill, decode);
+        for _ in 0..reports {
+            slow.iter_mut().for_each(|machine| machine.work(&mut speeds, now));
+            fast.work(&mut speeds, now);
+        }
+        let [of_fast, of_slow] = [&fast, &slow[0]].map(|machine| speeds.of(&machine.spec, now));
+        let prefill = |speed: Speed| speed.prefill_micros(500.0, 125_000.0);
+        let step = |speed: Speed| speed.step_micros(30.0, 60_000.0);
+        let ratios = [prefill(of_slow) / prefill(of_fast), step(of_slow) / step(of_fast)];
+        assert!(ratios.iter().all(|ratio| *ratio > least), "after {reports}: {ratios:?}");
+    }
+}
+
+/// What has faded is not back for one more sample.
+#[test]
+fn an_instance_that_was_slow_once_is_forgiven() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut pair = ["a", "b"].map(|id| Machine::new(id, FAST.0, FAST.1));
+    let slow = [FAST.0, FAST.1].map(|line| line.map(|each| each * 4.0));
+    [pair[0].prefill, pair[0].decode] = slow;
+    (0..51).for_each(|_| pair.iter_mut().for_each(|machine| machine.work(&mut speeds, now)));
+    (pair[0].prefill, pair[0].decode) = FAST;
+    (0..51).for_each(|_| pair[1].work(&mut speeds, now));
+    let later = now + HALF_LIFE * 10;
+    pair[0].work(&mut speeds, later);
+    let [one, other] = pair.each_ref().map(|machine| speeds.of(&machine.spec, later));
+    let prefill = |speed: Speed| speed.prefill_micros(500.0, 125_000.0);
+    let ratio = prefill(one) / prefill(other);
+    assert!(ratio < 1.3, "{ratio}");
+}
+
+/// A step that took no time is none; one that is said to have taken next to none does not make the others' free.
+#[test]
+fn a_server_that_says_it_needs_no_time_is_not_believed() {
+    for said in [0, 1] {
+        let (mut speeds, now) = (Speeds::default(), Instant::now());
+        let mut honest = Machine::new("h", FAST.0, FAST.1);
+        let mut liar = Machine::new("l", [0.0; 3], [0.0; 3]);
+        for _ in 0..100 {
+            liar.work(&mut speeds, now);
+            let timed = &mut liar.load.timed;
+            (timed.prefill_micros, timed.decode_micros) =
+                (timed.prefill_steps * said, timed.decode_steps * said);
+            honest.work(&mut speeds, now);
+        }
+        let error = error(&speeds, &honest, now);
+        assert!(error < 0.8, "of {said} us: {error}");
+        (0..100).for_each(|_| honest.work(&mut speeds, now));
+        let error = self::error(&speeds, &honest, now);
+        assert!(error < 0.3, "of {said} us, afterwards: {error}");
     }
 }
 

@@ -68,6 +68,7 @@ fn spec(id: InstanceId) -> Spec {
         model: REVISION.into(),
         revision: REVISION.into(),
         context_tokens: 2 * LONGEST_TOKENS,
+        hardware: String::new(),
         layout: "one".into(),
         handoff_protocols: Protocols::FIRST,
         block_tokens: KV_BLOCK_TOKENS,
