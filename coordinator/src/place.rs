@@ -97,8 +97,8 @@ impl Placer {
         among: Among<'_>,
     ) -> Result<(Placement, Receipt), NoPlace> {
         let chains = self.board.caches.name(&served.revision, &asked.prompt.chains, asked.generated);
-        let admitting = self.breakers.admitting(&[], Instant::now());
-        self.board.look(&wanted(served, asked, &chains, admitting.avoid(), among))
+        let avoid = self.breakers.admitting(&[], Instant::now()).avoid().to_vec();
+        self.board.look(&wanted(served, asked, &chains, &avoid, among))
     }
 
     /// What is left of requests is ended: their instances are lost to them, and they are given to nobody else.

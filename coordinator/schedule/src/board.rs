@@ -278,7 +278,8 @@ impl Board {
         self.choose(&self.state.lock(), held, wanted, turn, now)
     }
 
-    /// Where nobody else could fill a role, those to avoid are considered after all, one by one, the last first.
+    /// Where nobody else could fill a role, those to avoid are considered after all, one by one, the last first. Who could take
+    /// nothing is none of these.
     fn choose(
         &self,
         state: &State,
@@ -289,6 +290,7 @@ impl Board {
     ) -> Result<(Placement, Receipt), NoPlace> {
         let expected_tokens = state.lengths.tokens(wanted.revision);
         let mut left = wanted.avoid.to_vec();
+        left.retain(|id| state.view.row(id).is_some_and(|row| row.is_usable(now)));
         loop {
             let wanted = Wanted { avoid: &left, ..*wanted };
             match choose(&state.view, &Ask { wanted, held, expected_tokens, turn }, &self.settings, now) {

@@ -1,4 +1,4 @@
-//! Where a request goes: prefill and decode chosen together. Pure but for the locks of [`board`] and [`caches`].
+//! Where a request goes: prefill and decode chosen together. Pure but for the locks of [`board`], [`caches`] and [`chains`].
 //!
 //! The coordinator feeds it: [`fleet`] is who is there and what they said, [`ledger`] the work in flight, [`index`] and
 //! [`caches`] who has which KV blocks, [`predict`] how fast each instance is, learnt from what it measures. [`view`] is all

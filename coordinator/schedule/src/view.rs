@@ -316,6 +316,13 @@ impl Row {
 }
 
 /// Which of prefill, 0, and decode, 1, an instance does.
+/// The eldest in each phase, if this one is there as well.
+fn count_age(eldest: &mut [Option<Instant>; 2], row: &Row) {
+    for phase in phases(row) {
+        eldest[phase] = Some(eldest[phase].map_or(row.ready_since, |since| since.min(row.ready_since)));
+    }
+}
+
 fn phases(row: &Row) -> impl Iterator<Item = usize> {
     let phases = match row.side() {
         None => 0..0,
@@ -356,7 +363,7 @@ impl Model {
         }
     }
 
-    /// Makes one of its rows what its instance is now: whether its role is another.
+    /// Makes one of its rows what its instance is now: whether the eldest is to be looked for.
     fn renew(
         &mut self,
         at: usize,
@@ -369,10 +376,16 @@ impl Model {
         let row = &mut self.rows[at];
         let classes = &mut self.classes[row.classes.clone()];
         classes.iter_mut().for_each(|class| class.discount(row));
-        let before = row.role;
+        let (eldest, before) = (self.eldest, row.role);
+        let is_eldest = |row: &Row| phases(row).any(|phase| eldest[phase] == Some(row.ready_since));
+        let was_eldest = is_eldest(row);
         row.renew(fleet, instance, ledger, speeds, now);
         classes.iter_mut().for_each(|class| class.count(row));
-        row.role != before
+        if was_eldest {
+            return row.role != before || !is_eldest(row);
+        }
+        count_age(&mut self.eldest, row);
+        false
     }
 
     /// How long the peers of an instance have taken requests, at most.
@@ -381,15 +394,10 @@ impl Model {
         now.saturating_duration_since(since.unwrap_or(row.ready_since))
     }
 
-    /// To be called when an instance has come, gone or changed its role.
+    /// To be called when an instance has come or gone, or when the eldest has changed its role.
     fn find_eldest(&mut self) {
         self.eldest = [None; 2];
-        for row in &self.rows {
-            for phase in phases(row) {
-                let eldest = &mut self.eldest[phase];
-                *eldest = Some(eldest.map_or(row.ready_since, |since| since.min(row.ready_since)));
-            }
-        }
+        self.rows.iter().for_each(|row| count_age(&mut self.eldest, row));
     }
 
     fn classes_of(&self, spec: &Spec) -> Range<usize> {
@@ -399,3 +407,6 @@ impl Model {
         from..to
     }
 }
+
+#[cfg(test)]
+mod tests;

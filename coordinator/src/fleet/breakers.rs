@@ -85,14 +85,16 @@ impl Breakers {
         }
     }
 
-    /// An instance does not get on, or still does not.
+    /// An instance does not get on, or still does not. Told often, and of all instances where it is the network that does not: the
+    /// others are not looked at.
     pub fn stuck(&self, instance: &InstanceId, now: Instant) {
         let mut known = self.known.lock();
-        known.retain(|_, of| !of.is_forgotten(now));
-        if known.entry(instance.clone()).or_default().breaker.stuck(now) {
+        let breaker = &mut known.entry(instance.clone()).or_default().breaker;
+        let was_closed = breaker.is_closed();
+        if breaker.stuck(now) {
             self.openings.inc();
+            self.open.inc_by(i64::from(was_closed));
         }
-        self.count(&known);
     }
 
     /// An instance has brought a first token of an attempt that was placed at `placed`.

@@ -82,15 +82,17 @@ impl Expected {
 
     /// The instance is found under another slot from now on.
     pub(super) fn follow(&mut self, old: Slot, new: Slot) {
-        self.slots.values_mut().filter(|slot| **slot == old).for_each(|slot| *slot = new);
         if let Some(chains) = self.by_slot.remove(&old) {
+            self.slots.values_mut().filter(|slot| **slot == old).for_each(|slot| *slot = new);
             *self.by_slot.entry(new).or_default() += chains;
         }
     }
 
     pub(super) fn forget(&mut self, slot: Slot) {
         let Self { chains, slots, by_slot, .. } = self;
-        by_slot.remove(&slot);
+        if by_slot.remove(&slot).is_none() {
+            return;
+        }
         slots.retain(|(_, ticket), at| {
             let stays = *at != slot;
             if !stays {

@@ -1,5 +1,7 @@
 //! Whose fault a failure is taken to be.
 
+use std::time::Duration;
+
 use baton_proto::ErrorCode;
 
 use super::*;
@@ -56,4 +58,25 @@ fn what_an_instance_fails_alone_is_its_own_fault() {
         (0..5).for_each(|_| breakers.fault(attempt, &p, &ApiError::new(code, ""), now));
         assert!(!breakers.is_closed(&p) && breakers.is_closed(&d), "{code:?}");
     }
+}
+
+/// However often it is said of whom.
+#[test]
+fn those_that_are_stuck_are_counted_once_until_they_serve_again() {
+    let (breakers, [a, b], now) = (Arc::new(breakers()), ids(["a", "b"]), Instant::now());
+    for _ in 0..3 {
+        breakers.stuck(&a, now);
+        breakers.stuck(&b, now);
+    }
+    assert_eq!((breakers.open.get(), breakers.openings.get()), (2, 2));
+    let later = now + Duration::from_secs(2);
+    let admitting = breakers.admitting(&[], later);
+    assert!(admitting.avoid().is_empty());
+    admitting.booked(Pair { prefill: &a, decode: None }).sent();
+    // It is stuck once more while it is tried: that is no other breaker.
+    breakers.stuck(&a, later);
+    assert_eq!((breakers.open.get(), breakers.openings.get()), (2, 3));
+    breakers.admitting(&[], later).booked(Pair { prefill: &b, decode: None }).sent();
+    breakers.success(&b, later, later);
+    assert_eq!(breakers.open.get(), 1);
 }
