@@ -6,6 +6,9 @@
 //! the output says so. Nothing fails unless `--judge` asks for it.
 
 mod decide;
+/// The coordinator's heap.
+#[path = "../../../src/memory.rs"]
+mod memory;
 mod replay;
 mod report;
 
