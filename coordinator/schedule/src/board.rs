@@ -69,7 +69,7 @@ pub struct Board {
     /// Locked before `state`, where both are.
     pub caches: Arc<Caches>,
     state: Mutex<State>,
-    turns: AtomicU64,
+    asked: AtomicU64,
     /// Counts changes of who is usable.
     version: watch::Sender<u64>,
     /// Told when somebody may have room.
@@ -90,7 +90,7 @@ impl Board {
             settings,
             caches: Caches::new(settings.index_bytes, settings.index_every_tokens),
             state: Mutex::new(state),
-            turns: AtomicU64::new((u64::from(settings.seed) << 24) + 1),
+            asked: AtomicU64::new((u64::from(settings.seed) << 24) + 1),
             version: watch::Sender::new(0),
             freed: Notify::new(),
         })
@@ -261,7 +261,7 @@ impl Board {
     /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
         let ask =
-            Ask { wanted: Wanted::new(1, 2, revision), held: Held::default(), expected_tokens: 1, turn: 0 };
+            Ask { wanted: Wanted::new(1, 2, revision), held: Held::default(), expected_tokens: 1, nth: 0 };
         choose(&self.state.lock().view, &ask, &self.settings, Instant::now()).map(drop)
     }
 
@@ -272,10 +272,10 @@ impl Board {
 
     /// Where a request would go, were it placed now.
     pub fn look(&self, wanted: &Wanted<'_>) -> Result<(Placement, Receipt), NoPlace> {
-        let (turn, now) = (self.turns.load(Ordering::Relaxed), Instant::now());
+        let (nth, now) = (self.asked.load(Ordering::Relaxed), Instant::now());
         let mut caches = self.caches.lock();
         let held = caches.look(wanted.prompt.chains, now);
-        self.choose(&self.state.lock(), held, wanted, turn, now)
+        self.choose(&self.state.lock(), held, wanted, nth, now)
     }
 
     /// Where nobody else could fill a role, those to avoid are considered after all, one by one, the last first. Who could take
@@ -285,7 +285,7 @@ impl Board {
         state: &State,
         held: Held<'_>,
         wanted: &Wanted<'_>,
-        turn: u64,
+        nth: u64,
         now: Instant,
     ) -> Result<(Placement, Receipt), NoPlace> {
         let expected_tokens = state.lengths.tokens(wanted.revision);
@@ -293,7 +293,7 @@ impl Board {
         left.retain(|id| state.view.row(id).is_some_and(|row| row.is_usable(now)));
         loop {
             let wanted = Wanted { avoid: &left, ..*wanted };
-            match choose(&state.view, &Ask { wanted, held, expected_tokens, turn }, &self.settings, now) {
+            match choose(&state.view, &Ask { wanted, held, expected_tokens, nth }, &self.settings, now) {
                 Err(error) if !left.is_empty() && state.view.give_up(&mut left, error) => {}
                 settled => return settled,
             }
@@ -302,12 +302,12 @@ impl Board {
 
     /// Chooses where a request goes and books its work there at once.
     pub fn book(self: &Arc<Self>, wanted: &Wanted<'_>) -> Result<Booking, NoPlace> {
-        let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
+        let (nth, now) = (self.asked.fetch_add(1, Ordering::Relaxed), Instant::now());
         let Wanted { prompt: Prompt { chains, .. }, choices, among, .. } = *wanted;
         let mut caches = self.caches.lock();
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
-        let (placement, receipt) = self.choose(state, held, wanted, turn, now)?;
+        let (placement, receipt) = self.choose(state, held, wanted, nth, now)?;
         let part = |assignee: &Assignee, computes: bool, sequences: u32| {
             let (prefill_tokens, prefill_pairs) =
                 if computes { (assignee.uncached_tokens, assignee.uncached_pairs) } else { (0, 0) };
@@ -332,7 +332,7 @@ impl Board {
         for part in [Some(&mut prefill), decode.as_mut()].into_iter().flatten() {
             part.expected = state.view.row(&part.instance).and_then(|row| caches.expect(row.number, chains));
             state.ledger.credit(&part.instance, part.work);
-            state.view.chosen(&part.instance, turn);
+            state.view.chosen(&part.instance, nth);
             state.renew(&part.instance, now);
         }
         let decode_waits = matches!(&placement, Placement::Apart { decode, .. } if decode.waits);

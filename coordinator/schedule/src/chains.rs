@@ -17,7 +17,7 @@ use baton_proto::{BlockHash, Tokens};
 use parking_lot::Mutex;
 
 pub use names::Names;
-pub(crate) use names::mixed;
+pub(crate) use names::scrambled;
 pub use strides::KnownStrides;
 use strides::STRIDE;
 

@@ -15,7 +15,7 @@ use crate::{
 };
 
 use candidate::{Best, Candidate};
-use walk::{Found, Halves, Walk, mixed};
+use walk::{Found, Halves, Walk, chance};
 
 /// Candidates for a part of the work that a receipt keeps, the best.
 const RECEIPT_MOST: usize = 4;
@@ -73,8 +73,8 @@ impl<'a> Way<'a> {
         self.pair().map(|candidate| candidate.row.number)
     }
 
-    fn turn(&self) -> [(u64, u64); 2] {
-        self.pair().map(|candidate| candidate.turn)
+    fn ties(&self) -> [(u64, u64); 2] {
+        self.pair().map(|candidate| candidate.tie)
     }
 }
 
@@ -173,7 +173,7 @@ fn chosen<'a>(
     }
     let rank = |way: &Way<'_>| way.rank(settings.policy);
     let order = |a: &&Way<'_>, b: &&Way<'_>| {
-        a.full().cmp(&b.full()).then(rank(a).total_cmp(&rank(b))).then(a.turn().cmp(&b.turn()))
+        a.full().cmp(&b.full()).then(rank(a).total_cmp(&rank(b))).then(a.ties().cmp(&b.ties()))
     };
     let best = ways.iter().min_by(order)?;
     let taken = if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
@@ -184,7 +184,7 @@ fn chosen<'a>(
             true => (-(rank(way) - least) / (settings.temperature * least)).exp(),
             false => 0.0,
         };
-        let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
+        let mut left = chance(ask.nth, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
         let drawn = ways.iter().find(|way| {
             left -= weight(way);
             left <= 0.0

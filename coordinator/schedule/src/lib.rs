@@ -110,8 +110,8 @@ struct Ask<'a> {
     held: Held<'a>,
     /// As many as answers have had of late, on average; of each choice.
     expected_tokens: u32,
-    /// Counts requests: equal costs take turns by it.
-    turn: u64,
+    /// So many were placed before it: who is as good takes turns by it.
+    nth: u64,
 }
 
 impl Ask<'_> {

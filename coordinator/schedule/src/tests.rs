@@ -77,7 +77,7 @@ fn ask(prompt_tokens: u32) -> Ask<'static> {
 }
 
 fn ask_for(wanted: Wanted<'_>) -> Ask<'_> {
-    Ask { wanted, held: Held::default(), expected_tokens: 128, turn: 0 }
+    Ask { wanted, held: Held::default(), expected_tokens: 128, nth: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
@@ -112,10 +112,10 @@ fn one_token_is_prefills_work_alone() {
     let plain = Policy::ALL.map(|policy| Settings { policy, ..SETTINGS });
     let settings = plain.into_iter().chain([Settings { temperature: 100.0, ..SETTINGS }]);
     for settings in settings {
-        for turn in 0..20 {
+        for nth in 0..20 {
             let view = view(&several, &none);
             let (placement, _) =
-                choose::choose(&view, &Ask { turn, ..one }, &settings, Instant::now()).expect("a place");
+                choose::choose(&view, &Ask { nth, ..one }, &settings, Instant::now()).expect("a place");
             let Placement::Alone(alone) = placement else {
                 panic!("{settings:?} hands it over: {placement:?}")
             };
@@ -463,7 +463,7 @@ fn plain_policies_do_what_they_are_called() {
     }
     let alone =
         |_| matches!(board.book(&Wanted::new(1, 8, "r1")).map(|b| b.placement), Ok(Placement::Alone(_)));
-    assert_eq!((0..10).filter(|turn| alone(*turn)).count(), 5, "a pair is one of two in turn");
+    assert_eq!((0..10).filter(|nth| alone(*nth)).count(), 5, "a pair is one of two in turn");
     let warm = Settings { temperature: 0.5, ..Settings::APART };
     let drawn = taken(warm, &loads);
     assert!(drawn.iter().all(|times| *times > 0), "{drawn:?}");

@@ -286,9 +286,9 @@ impl View {
     }
 
     /// An instance has been chosen for the `turn`-th request.
-    pub fn chosen(&mut self, id: &InstanceId, turn: u64) {
+    pub fn chosen(&mut self, id: &InstanceId, nth: u64) {
         if let Some((model, row)) = self.places.get(id).copied() {
-            self.models[model].rows[row].chosen = turn;
+            self.models[model].rows[row].chosen = nth;
         }
     }
 }

@@ -46,9 +46,12 @@ impl FromIterator<u64> for Names {
         let folds = strides.iter().map(|stride| {
             // Their places count; that they are added lets the processor work at many at once.
             let added = (0u64..).zip(stride).fold(0u64, |sum, (place, name)| {
-                sum.wrapping_add(mixed(name.wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)), seed))
+                sum.wrapping_add(scrambled(
+                    name.wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+                    seed,
+                ))
             });
-            fold = mixed(fold ^ added, seed);
+            fold = scrambled(fold ^ added, seed);
             fold
         });
         let folds = folds.collect();
@@ -71,7 +74,7 @@ impl Deref for Names {
 }
 
 /// A number that follows from this one and the seed.
-pub(crate) fn mixed(number: u64, seed: (u64, u64)) -> u64 {
+pub(crate) fn scrambled(number: u64, seed: (u64, u64)) -> u64 {
     let product = u128::from(number ^ seed.0) * u128::from(seed.1);
     product as u64 ^ (product >> 64) as u64
 }

@@ -25,13 +25,13 @@ pub(super) struct Candidate<'a> {
     /// By the policy: of two the lower is better.
     pub(super) rank: f64,
     /// Of equal ranks whoever was chosen longest ago is better, and then chance decides.
-    pub(super) turn: (u64, u64),
+    pub(super) tie: (u64, u64),
 }
 
 impl Candidate<'_> {
     pub(super) fn order(&self, other: &Self) -> Ordering {
         let rank = self.rank.total_cmp(&other.rank);
-        self.full.cmp(&other.full).then(rank).then(self.turn.cmp(&other.turn))
+        self.full.cmp(&other.full).then(rank).then(self.tie.cmp(&other.tie))
     }
 
     pub(super) fn assignee(&self, ask: &Ask<'_>) -> Assignee {

@@ -54,10 +54,10 @@ impl<'a> Found<'a> {
         let reached = |row: &&Row| row.spec.id == *from && row.role_epoch.is_some();
         let Some(row) = model.rows.iter().find(reached) else { return };
         let cached = ask.prompt_tokens().saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
-        let (price, full, rank, turn) = (Price::default(), false, 0.0, (row.chosen, 0));
+        let (price, full, rank, tie) = (Price::default(), false, 0.0, (row.chosen, 0));
         for Halves { prefill, .. } in &mut self.classes[row.classes.clone()] {
             prefill.roomy = true;
-            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, full, rank, turn });
+            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, full, rank, tie });
         }
     }
 
@@ -215,9 +215,9 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     fn candidate(&self, row: &'a Row, side: Side, cached: u32, price: Price) -> Candidate<'a> {
-        let turn = (row.chosen, mixed(self.ask.turn, row.number));
-        let rank = rank(self.settings.policy, row, &price, turn.1);
-        Candidate { row, side, cached, price, full: is_full(row), rank, turn }
+        let tie = (row.chosen, chance(self.ask.nth, row.number));
+        let rank = rank(self.settings.policy, row, &price, tie.1);
+        Candidate { row, side, cached, price, full: is_full(row), rank, tie }
     }
 }
 
@@ -227,11 +227,11 @@ fn is_full(row: &Row) -> bool {
 }
 
 /// Chance that is the same for everybody who asks: which of equals comes first differs from request to request.
-pub(super) fn mixed(turn: u64, number: u32) -> u64 {
-    let mut mixed = turn.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(number) << 17);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
+pub(super) fn chance(nth: u64, number: u32) -> u64 {
+    let mut chance = nth.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(number) << 17);
+    chance = (chance ^ (chance >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    chance = (chance ^ (chance >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    chance ^ (chance >> 31)
 }
 
 fn rank(policy: Policy, row: &Row, price: &Price, chance: u64) -> f64 {

@@ -39,7 +39,7 @@ pub use expected::Ticket;
 use holders::{Holders, SlotSet};
 use table::Table;
 
-use crate::chains::{Names, mixed};
+use crate::chains::{Names, scrambled};
 
 /// Most memory that a block takes, in bytes.
 pub const BLOCK_BYTES: usize = 48;
@@ -101,11 +101,11 @@ struct Shard {
     halvings: u8,
 }
 
-/// A name, mixed with the index's seed: nobody outside knows which names fall together.
+/// A name, scrambled with the index's seed: nobody outside knows which names fall together.
 #[derive(Debug, Clone, Copy)]
-struct Mixed(u64);
+struct Scrambled(u64);
 
-impl Mixed {
+impl Scrambled {
     /// The table itself goes by the 16 lowest and the 16 highest bits.
     fn shard(self) -> usize {
         (self.0 >> 36) as usize % SHARDS
@@ -220,24 +220,24 @@ impl PrefixIndex {
     /// Reads where these are in the table: what is not in the processor's cache comes for all of them at once.
     fn touch(&self, keys: &[u64]) {
         let read = keys.iter().fold(0, |read, &key| {
-            let mixed = self.mixed(key);
-            read ^ self.shards[mixed.shard()].blocks.touch(mixed)
+            let scrambled = self.scrambled(key);
+            read ^ self.shards[scrambled.shard()].blocks.touch(scrambled)
         });
         black_box(read);
     }
 
     fn store(&mut self, slot: Slot, key: u64) {
-        let mixed = self.mixed(key);
+        let scrambled = self.scrambled(key);
         self.make_room();
-        if !mixed.survives(self.halvings) || self.blocks + self.words >= self.limit {
+        if !scrambled.survives(self.halvings) || self.blocks + self.words >= self.limit {
             return;
         }
-        if self.shards[mixed.shard()].halvings != self.halvings {
-            self.halve(mixed.shard());
+        if self.shards[scrambled.shard()].halvings != self.halvings {
+            self.halve(scrambled.shard());
         }
-        let table = &mut self.shards[mixed.shard()].blocks;
+        let table = &mut self.shards[scrambled.shard()].blocks;
         let before = table.len();
-        self.words += table.change(mixed, |holders| {
+        self.words += table.change(scrambled, |holders| {
             let words = holders.words();
             holders.insert(slot.0);
             holders.words() - words
@@ -246,10 +246,10 @@ impl PrefixIndex {
     }
 
     fn evict(&mut self, slot: Slot, key: u64) {
-        let mixed = self.mixed(key);
-        let table = &mut self.shards[mixed.shard()].blocks;
+        let scrambled = self.scrambled(key);
+        let table = &mut self.shards[scrambled.shard()].blocks;
         let before = table.len();
-        self.words -= table.change(mixed, |holders| {
+        self.words -= table.change(scrambled, |holders| {
             let words = holders.words();
             holders.remove(slot.0);
             words - holders.words()
@@ -349,15 +349,15 @@ impl PrefixIndex {
         let (looked_for, count) = if self.halvings == 0 {
             (LookedFor::EachOf(sieve.one_of()), places.len())
         } else {
-            kept.extend(places.filter(|at| self.mixed(chain[*at as usize]).survives(self.halvings)));
+            kept.extend(places.filter(|at| self.scrambled(chain[*at as usize]).survives(self.halvings)));
             (LookedFor::These(&kept), kept.len())
         };
         Search { index: self, chain, looked_for, into }.run(count);
         into.kept = kept;
     }
 
-    fn mixed(&self, key: u64) -> Mixed {
-        Mixed(mixed(key, self.seed))
+    fn scrambled(&self, key: u64) -> Scrambled {
+        Scrambled(scrambled(key, self.seed))
     }
 }
 
@@ -409,8 +409,8 @@ impl<'a> Search<'a> {
     }
 
     fn holders(&self, at: usize) -> Option<&'a Holders> {
-        let mixed = self.index.mixed(*self.chain.get(self.position(at)? as usize)?);
-        self.index.shards[mixed.shard()].blocks.get(mixed)
+        let scrambled = self.index.scrambled(*self.chain.get(self.position(at)? as usize)?);
+        self.index.shards[scrambled.shard()].blocks.get(scrambled)
     }
 
     fn position(&self, at: usize) -> Option<u32> {

@@ -1,12 +1,12 @@
 //! Which blocks are held, by name: an open-addressed table. Pure.
 //!
-//! Names are mixed already, so that a part of one says where its block is looked for first; if that place is taken, in the
+//! Names are scrambled already, so that a part of one says where its block is looked for first; if that place is taken, in the
 //! next ones. So a block is found in the cache line it is looked for in, or the one behind, where a table of the standard
 //! library takes one for its tags and one for the entry. What is removed leaves no mark: what is behind it moves up.
 //!
 //! It grows by half, so that it is at least half full once it has grown, and at most three quarters.
 
-use super::{Mixed, holders::Holders};
+use super::{Scrambled, holders::Holders};
 
 /// Places that a table begins with.
 const LEAST: usize = 4;
@@ -31,18 +31,18 @@ impl Table {
         self.blocks
     }
 
-    pub(super) fn get(&self, name: Mixed) -> Option<&Holders> {
+    pub(super) fn get(&self, name: Scrambled) -> Option<&Holders> {
         let at = self.find(name).ok()?;
         Some(&self.entries[at].holders)
     }
 
     /// Reads where a block would be, so that it is in the processor's cache when it is wanted.
-    pub(super) fn touch(&self, name: Mixed) -> u64 {
+    pub(super) fn touch(&self, name: Scrambled) -> u64 {
         self.entries.get(self.home(name)).map_or(0, |entry| entry.name)
     }
 
     /// What `change` makes of a block's holders, who may be none before and after.
-    pub(super) fn change<T>(&mut self, name: Mixed, change: impl FnOnce(&mut Holders) -> T) -> T {
+    pub(super) fn change<T>(&mut self, name: Scrambled, change: impl FnOnce(&mut Holders) -> T) -> T {
         match self.find(name) {
             Ok(at) => {
                 let result = change(&mut self.entries[at].holders);
@@ -63,10 +63,10 @@ impl Table {
     }
 
     /// Has each block's holders changed, and drops the blocks of which it says no, or that nobody holds any more.
-    pub(super) fn retain(&mut self, mut stays: impl FnMut(Mixed, &mut Holders) -> bool) {
+    pub(super) fn retain(&mut self, mut stays: impl FnMut(Scrambled, &mut Holders) -> bool) {
         let before = std::mem::take(self);
         let kept = before.entries.into_iter().filter_map(|mut entry| {
-            let stays = !entry.holders.is_empty() && stays(Mixed(entry.name), &mut entry.holders);
+            let stays = !entry.holders.is_empty() && stays(Scrambled(entry.name), &mut entry.holders);
             (stays && !entry.holders.is_empty()).then_some(entry)
         });
         let kept: Vec<Entry> = kept.collect();
@@ -81,7 +81,7 @@ impl Table {
         let entries = (0..places.max(LEAST)).map(|_| Entry::default()).collect();
         let mut table = Self { entries, blocks: 0 };
         for entry in blocks {
-            if let Err(vacant) = table.find(Mixed(entry.name)) {
+            if let Err(vacant) = table.find(Scrambled(entry.name)) {
                 table.entries[vacant] = entry;
                 table.blocks += 1;
             }
@@ -91,7 +91,7 @@ impl Table {
 
     /// Where it is looked for first. The bits of the name are others than those that say its part of the index, and whether
     /// it survives when blocks are halved.
-    fn home(&self, name: Mixed) -> usize {
+    fn home(&self, name: Scrambled) -> usize {
         let bits = (name.0 >> 48 << 16) | (name.0 & 0xffff);
         (bits as usize * self.entries.len()) >> 32
     }
@@ -101,7 +101,7 @@ impl Table {
     }
 
     /// Where it is, or the place for it: some place is always vacant.
-    fn find(&self, name: Mixed) -> Result<usize, usize> {
+    fn find(&self, name: Scrambled) -> Result<usize, usize> {
         let mut at = self.home(name);
         loop {
             match self.entries.get(at) {
@@ -131,7 +131,7 @@ impl Table {
         self.blocks -= 1;
         let (mut hole, mut next) = (at, self.after(at));
         while !self.entries[next].holders.is_empty() {
-            let home = self.home(Mixed(self.entries[next].name));
+            let home = self.home(Scrambled(self.entries[next].name));
             // Whether the hole is on the way from its home to where it is, past the table's end or not.
             let on_the_way =
                 if home <= next { (home..next).contains(&hole) } else { hole >= home || hole < next };
@@ -154,8 +154,8 @@ mod tests {
     use super::*;
 
     /// Names that are looked for at few places, so that they are in each other's way.
-    fn name(number: u64) -> Mixed {
-        Mixed((number % 5) << 61 | (number % 3) << 20 | number << 36)
+    fn name(number: u64) -> Scrambled {
+        Scrambled((number % 5) << 61 | (number % 3) << 20 | number << 36)
     }
 
     proptest! {
@@ -202,7 +202,7 @@ mod tests {
     fn it_is_as_full_as_is_said_while_it_grows() {
         let mut table = Table::default();
         for number in 1..2000u64 {
-            let name = Mixed(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let name = Scrambled(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
             table.change(name, |holders| holders.insert(7));
             let places = table.entries.len();
             assert!(

@@ -74,12 +74,12 @@ fn who_is_of_several_classes_is_drawn_once() {
         fleet_of(vec![(speaks("busy", 1, 3), Role::Prefill, busy), idle("a", 1), idle("b", 2), idle("c", 3)]);
     let view = view(&four, &Ledger::default());
     let settings = Settings { policy: Policy::PowerOfTwo, ..SETTINGS };
-    for turn in 0..100 {
-        let ask = Ask { turn, ..ask_for(Wanted::new(10, 1, "r1")) };
+    for nth in 0..100 {
+        let ask = Ask { nth, ..ask_for(Wanted::new(10, 1, "r1")) };
         let (placement, _) = choose::choose(&view, &ask, &settings, Instant::now()).expect("a place");
         assert!(
             matches!(&placement, Placement::Alone(assignee) if assignee.instance.as_str() != "busy"),
-            "{turn}"
+            "{nth}"
         );
     }
 }
