@@ -219,11 +219,18 @@ impl<T> Queue<T> {
         Some(Ticket { band: rank.band, tenant: tenant.clone(), priority, key })
     }
 
-    /// The first of the next few that fits. It is asked of each, and whether others have gone before it so often that it does if
-    /// anything does.
-    pub fn next<R>(&mut self, now: Instant, fits: impl FnMut(&T, bool) -> Option<R>) -> Option<(T, R)> {
+    /// The first of the next few that fits, or of which is found that it need not wait: an error takes it out as one that leaves,
+    /// and is nobody's turn. It is asked of each, and whether others have gone before it so often that it does if anything does.
+    pub fn next<R, E>(
+        &mut self,
+        now: Instant,
+        fits: impl FnMut(&T, bool) -> Option<Result<R, E>>,
+    ) -> Option<(T, Result<R, E>)> {
         let mut passed_over = Vec::new();
         let (ticket, found) = self.find(now, fits, &mut passed_over)?;
+        if found.is_err() {
+            return Some((self.remove(&ticket)?, found));
+        }
         for Ticket { band, tenant, priority, key } in &passed_over {
             let of = self.bands.get_mut(band).and_then(|band| band.tenants.get_mut(tenant));
             of.into_iter().for_each(|of| of.pass_over(*priority, key));

@@ -4,7 +4,7 @@
 //! bytes, and then as they came. Long work takes half of the cores at most, so that short work never waits for it alone; where
 //! both wait they take turns.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use baton_proto::ApiError;
 use baton_schedule::queue::{Queue, Rank, Ticket, Wish};
@@ -132,7 +132,8 @@ impl Turns {
         {
             let (state, now) = (&mut *self.state.lock(), Instant::now());
             while let Some(length) = state.next() {
-                let Some((waiter, ())) = state.queue(length).next(now, |_, _| Some(())) else { break };
+                let at_once = |_: &_, _| Some(Ok::<_, Infallible>(()));
+                let Some((waiter, Ok(()))) = state.queue(length).next(now, at_once) else { break };
                 state.take(length);
                 state.last = length;
                 given.push((waiter, length));

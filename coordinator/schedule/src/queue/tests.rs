@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    convert::Infallible,
     time::Duration,
 };
 
@@ -18,7 +19,13 @@ fn wish(tenant: &str, weight: u32, wanted: Instant) -> Wish {
 }
 
 fn take<T: Copy>(queue: &mut Queue<T>, now: Instant) -> Option<T> {
-    queue.next(now, |_, _| Some(())).map(|(item, ())| item)
+    fitting(queue, now, |_, _| true)
+}
+
+/// The next of those that fit.
+fn fitting<T>(queue: &mut Queue<T>, now: Instant, mut fits: impl FnMut(&T, bool) -> bool) -> Option<T> {
+    let fits = |item: &T, overdue| fits(item, overdue).then_some(Ok::<_, Infallible>(()));
+    queue.next(now, fits).map(|(item, _)| item)
 }
 
 #[test]
@@ -56,11 +63,11 @@ fn a_turn_of_others_that_nobody_of_them_fits_into_is_not_lost() {
     (0..3).for_each(|_| push(&mut queue, 0, 9, "long"));
     (0..TURNS - 1).for_each(|_| assert_eq!(take(&mut queue, now), Some("short")));
     let mut asked = Vec::new();
-    let short = queue.next(now, |item, _| {
+    let short = fitting(&mut queue, now, |item, _| {
         asked.push(*item);
-        (*item == "short").then_some(())
+        *item == "short"
     });
-    assert_eq!(short.map(|(item, ())| item), Some("short"));
+    assert_eq!(short, Some("short"));
     assert_eq!(asked, ["long", "long", "short"], "of the other band, and of the other priority");
     assert_eq!(queue.len(), 6);
 }
@@ -223,14 +230,14 @@ fn whoever_fits_goes_before_whoever_does_not_and_the_order_stays() {
     let mut asked = Vec::new();
     let fits = |item: &i32, _| {
         asked.push(*item);
-        (*item == 20).then_some("yes")
+        (*item == 20).then_some(Ok::<_, Infallible>("yes"))
     };
-    assert_eq!(queue.next(now, fits), Some((20, "yes")));
+    assert_eq!(queue.next(now, fits), Some((20, Ok("yes"))));
     assert_eq!(asked, [0, 20], "what does not fit of one tenant is in no other's way");
     let mut asked = Vec::new();
-    let none = queue.next(now, |item, _| {
+    let none = fitting(&mut queue, now, |item, _| {
         asked.push(*item);
-        None::<()>
+        false
     });
     // Two of each, in turn. Of more it is not expected that they fit.
     assert_eq!((none, asked), (None, vec![0, 21, 1, 22]));
@@ -238,7 +245,7 @@ fn whoever_fits_goes_before_whoever_does_not_and_the_order_stays() {
     // Of one tenant alone the second is asked.
     let mut queue = Queue::default();
     (0..3).for_each(|item| drop(queue.push(wish("a", 1, wanted(item)), item, now)));
-    assert_eq!(queue.next(now, |item, _| (*item == 1).then_some(())), Some((1, ())));
+    assert_eq!(fitting(&mut queue, now, |item, _| *item == 1), Some(1));
 }
 
 #[test]
@@ -246,9 +253,8 @@ fn others_go_only_so_often_before_one_that_does_not_fit() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     queue.push(wish("a", 1, now), "large", now);
     (1..20).for_each(|n| drop(queue.push(wish("a", 1, now + Duration::from_secs(n)), "small", now)));
-    let next = |queue: &mut Queue<&'static str>| {
-        queue.next(now, |item, overdue| (*item == "small" || overdue).then_some(())).map(|(item, ())| item)
-    };
+    let next =
+        |queue: &mut Queue<&'static str>| fitting(queue, now, |item, overdue| *item == "small" || overdue);
     (0..PASSED_OVER_MOST).for_each(|_| assert_eq!(next(&mut queue), Some("small")));
     assert_eq!(next(&mut queue), Some("large"));
     // Where nobody goes before it it is not passed over.
@@ -266,8 +272,8 @@ fn who_is_passed_over_gets_its_share_later_whatever_it_adds_meanwhile() {
     (0..20).for_each(|_| ["large", "small"].into_iter().for_each(|tenant| fill(&mut queue, tenant)));
     let mut had = HashMap::from([("large", 0), ("small", 0)]);
     let mut serve = |queue: &mut Queue<&'static str>, large_fits: bool| {
-        let fits = |item: &&str, _| (large_fits || *item == "small").then_some(());
-        let (tenant, ()) = queue.next(now, fits).expect("one that fits");
+        let fits = |item: &&str, _| large_fits || *item == "small";
+        let tenant = fitting(queue, now, fits).expect("one that fits");
         *had.entry(tenant).or_default() += 1;
         let [large, small] = ["large", "small"].map(|tenant| had[tenant]);
         (large, small)
@@ -307,6 +313,31 @@ fn the_wait_is_that_of_those_before() {
     assert_eq!(wait(&queue, rank(1, "b", 0), now), Some(2.0));
     assert_eq!(wait(&queue, rank(1, "a", 7), now), Some(5.0));
     assert_eq!(queue.wait_of_all(now).map(|wait| wait.as_secs_f64().round()), Some(5.0));
+}
+
+#[test]
+fn who_is_turned_away_has_had_nothing_and_says_nothing_of_how_fast_others_are_served() {
+    let (mut queue, mut now) = (Queue::default(), Instant::now());
+    let wanted = now + Duration::from_secs(600);
+    for item in 0..40 {
+        queue.push(wish(if item < 20 { "a" } else { "b" }, 1, wanted + Duration::from_secs(item)), item, now);
+    }
+    for _ in 0..10 {
+        now += Duration::from_millis(100);
+        take(&mut queue, now).expect("somebody waits");
+    }
+    let takes = |queue: &Queue<u64>, now| queue.wait_of_all(now).expect("much was seen").as_secs_f64();
+    assert!((takes(&queue, now) - 3.0).abs() < 1e-6);
+    // At once, and past one that does not fit.
+    let refused =
+        |item: &u64, _: bool| (*item != 25 && *item < 30).then_some(Err::<(), _>("nobody is there"));
+    let refused: Vec<_> = std::iter::from_fn(|| queue.next(now, refused)).collect();
+    assert!(refused.len() == 19 && refused.iter().all(|(_, found)| found.is_err()), "{refused:?}");
+    assert!((takes(&queue, now) - 1.1).abs() < 1e-6, "{} s", takes(&queue, now));
+    // Who was turned away is as far as the other one: that one has the next turn, and then both in turn.
+    (100..105).for_each(|item| drop(queue.push(wish("a", 1, wanted), item, now)));
+    let turns: Vec<u64> = (0..10).map_while(|_| take(&mut queue, now)).collect();
+    assert_eq!(turns, [100, 25, 101, 30, 102, 31, 103, 32, 104, 33]);
 }
 
 #[test]

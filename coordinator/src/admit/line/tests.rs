@@ -192,6 +192,26 @@ async fn an_instance_that_is_coming_is_waited_for_in_line_and_not_for_long() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn those_that_are_turned_away_say_nothing_of_how_long_others_will_wait() {
+    let house = house(8, 8);
+    let (only, board) = (spec("a"), house.placer.board.clone());
+    house.queued(100_000);
+    let mut waits: Vec<_> = (0..8).map(|_| Box::pin(house.admitted(0, WITHIN * 2))).collect();
+    for one in &mut waits {
+        assert!(futures::poll!(one).is_pending());
+    }
+    board.down(&only.id, Instant::now());
+    for one in waits {
+        assert_eq!(one.await.err().expect("nobody comes").code, ErrorCode::Unavailable);
+    }
+    board.up(&only.id, only.incarnation, ready(Role::Mixed));
+    house.queued(100_000);
+    let mut next = Box::pin(house.seat());
+    assert!(futures::poll!(&mut next).is_pending());
+    assert_eq!(house.model.line.drain(), None, "nobody was served");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_a_request_has_waited_is_off_the_time_that_its_first_token_may_take() {
     let house = house(1, 1);
     let cost = |admitted: &Admission| admitted.bookings[0].booking.receipt.cost_micros;

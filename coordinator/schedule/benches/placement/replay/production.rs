@@ -2,7 +2,7 @@
 //!
 //! All here that knows how production is called is in this file.
 
-use std::{collections::HashMap, num::NonZeroU32, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, num::NonZeroU32, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, Protocols, RoleEpoch, Sieve};
 use baton_schedule::{
@@ -229,18 +229,18 @@ impl Production {
         }
         let _now = self.clock.at(now_micros);
         let board = &self.board;
-        let fits = |waiting: &Waiting, overdue: bool| {
+        let fits = |waiting: &Waiting, overdue: bool| -> Option<Result<_, Infallible>> {
             let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
             let new = Wanted::new(prompt, MAX_TOKENS, REVISION);
             let among = if overdue { Among::Waiting } else { Among::Roomy };
             let first_token = Some(waiting.first_token);
             match board.book(&Wanted { among, first_token, ..new }) {
-                Ok(booked) => Some(booked),
+                Ok(booked) => Some(Ok(booked)),
                 Err(NoPlace::Busy) => None,
                 Err(error) => panic!("both roles are there, and no prompt is too long: {error}"),
             }
         };
-        let (Waiting { index, .. }, mut booked) = self.waiting.next(Instant::now(), fits)?;
+        let (Waiting { index, .. }, Ok(mut booked)) = self.waiting.next(Instant::now(), fits)?;
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
                 Choice { prefill: Some(self.place(prefill)), decode: self.place(decode), in_time: true }
