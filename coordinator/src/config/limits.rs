@@ -24,7 +24,7 @@ pub struct LimitsConfig {
     /// each choice once more and as long as JSON has it, 8 bytes for each entry of `logit_bias`, and 3 bytes for each of a stop
     /// string and the longest twice for each choice; and for log probabilities until they are written, as many as are asked for
     /// (of a chat without `max_tokens` that is the context's rest): 96 bytes for each token of the answers, and 8 for each
-    /// alternative; beyond 16 KiB of each request. What does not fit is refused with 429; of API keys those of the band
+    /// alternative, and unless they are streamed 100 more for each of both; beyond 16 KiB of each request. What does not fit is refused with 429; of API keys those of the band
     /// `standard` leave an eighth to others, those of `batch` a quarter, and tenants share it as they do `max_held_body_bytes`.
     /// Whole answers longer than that are counted, too, until their clients have read them. At least eight times
     /// `max_body_bytes`.

@@ -73,6 +73,11 @@ impl Stream for Whole {
     }
 }
 
+/// What is kept of it, which is no more than is counted: its buffer has grown by doubling.
+fn kept(json: Vec<u8>) -> Bytes {
+    json.into_boxed_slice().into()
+}
+
 /// Gives `json`, the whole answer of a request that has been read.
 pub(super) fn respond(service: &Service, streaming: Streaming, json: Vec<u8>) -> Response {
     let length = json.len();
@@ -81,9 +86,22 @@ pub(super) fn respond(service: &Service, streaming: Streaming, json: Vec<u8>) ->
     };
     let tenant = streaming.tenant();
     let held = service.gate.unread(streaming.into_ticket(), &tenant, length);
-    let whole = Whole(Arc::new(Mutex::new(Rest::Bytes { bytes: json.into(), _held: held })));
+    let whole = Whole(Arc::new(Mutex::new(Rest::Bytes { bytes: kept(json), _held: held })));
     service.overdue.watch(&whole.0, deadline);
     let mut response = json_response(StatusCode::OK, Body::from_stream(whole));
     response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_of_an_answer_has_no_spare_room() {
+        let mut json = Vec::with_capacity(3 << 20);
+        json.resize(2 << 20, b'x');
+        let kept = kept(json).try_into_mut().expect("it is nobody else's");
+        assert_eq!((kept.len(), kept.capacity()), (2 << 20, 2 << 20));
+    }
 }

@@ -97,7 +97,7 @@ impl Prepared {
             // Each choice begins with the echo, and is written from that.
             let echoed = prompt.echo.len().saturating_add(written_bytes(&prompt.echo));
             let echoed = echoed.saturating_mul(prompt.sampling.choices as usize);
-            own.saturating_add(prompt.sampling.scored_bytes()).saturating_add(echoed)
+            own.saturating_add(prompt.sampling.scored_bytes(self.shape.stream)).saturating_add(echoed)
         };
         let answers = self.prompts.iter().map(|prompt| prompt.sampling.choices as usize).sum();
         // All prompts have the first one's.

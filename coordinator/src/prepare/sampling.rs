@@ -44,13 +44,18 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// What log probabilities of all answers may take while nobody has read them, in bytes.
-    pub(super) fn scored_bytes(&self) -> usize {
+    /// What log probabilities of all answers may take while nobody has read them, in bytes. Those of an answer that is not
+    /// streamed are all there while they are written.
+    pub(super) fn scored_bytes(&self, streamed: bool) -> usize {
         /// A token with its own, in a list that doubles, and each of its alternatives.
         const TOKEN: usize = 96;
         const ALTERNATIVE: usize = 8;
+        /// The token and each of its alternatives as JSON has them: with the text, the bytes as numbers, and the names of fields.
+        const WRITTEN: usize = 100;
         let Some(top) = self.top_logprobs else { return 0 };
-        let each = TOKEN + ALTERNATIVE * top as usize;
+        let top = top as usize;
+        let written = if streamed { 0 } else { WRITTEN * (1 + top) };
+        let each = TOKEN + ALTERNATIVE * top + written;
         each.saturating_mul(self.max_tokens as usize).saturating_mul(self.choices as usize)
     }
 }

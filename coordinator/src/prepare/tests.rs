@@ -190,6 +190,21 @@ fn an_echo_is_kept_for_each_choice_and_written_from_that() {
 }
 
 #[test]
+fn log_probabilities_are_held_and_written_from_that_and_streamed_ones_as_they_come() {
+    let held = |more: &str| {
+        let body = format!(
+            r#"{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 10, "n": 3{more}}}"#
+        );
+        let request = parse(body.as_bytes()).expect("is JSON");
+        prepare(&served(), Endpoint::Chat, &request, LIMITS, 1).expect("is taken").held_bytes()
+    };
+    let of_each = |top: usize| held(&format!(r#", "logprobs": true, "top_logprobs": {top}"#)) - held("");
+    assert_eq!([0, 1, 20].map(of_each), [0, 1, 20].map(|top| 30 * (96 + 8 * top + 100 * (1 + top))));
+    let streamed = held(r#", "logprobs": true, "top_logprobs": 20, "stream": true"#);
+    assert_eq!(streamed - held(""), 30 * (96 + 8 * 20));
+}
+
+#[test]
 fn the_prompts_of_a_request_and_their_attempts_share_its_lists() {
     let lists = r#""logit_bias": {"7": 1, "3": -1}, "stop_token_ids": [9, 8]"#;
     let prepared = text(&format!(r#"{{"model": "tiny", "prompt": ["x", "y"], {lists}}}"#)).expect("is taken");

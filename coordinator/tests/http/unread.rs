@@ -5,13 +5,15 @@ use std::time::Duration;
 use baton_coordinator::prepare::Served;
 use baton_proto::v1;
 use bytes::Bytes;
-use h2::RecvStream;
+use h2::{RecvStream, client::ResponseFuture};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::scripted::{Cluster, Instance, events, served, until};
 
 const PROMPT_TOKENS: usize = 90_000;
+/// Of each request, what is not reserved.
+const FREE: i64 = 16 << 10;
 
 async fn cluster(request_timeout: Duration) -> (Cluster, Instance) {
     let long = Served { context_tokens: 100_000, ..served() };
@@ -22,20 +24,26 @@ async fn cluster(request_timeout: Duration) -> (Cluster, Instance) {
     (cluster, mixed)
 }
 
-/// Asks for answers that begin with a long prompt, over a connection that takes no more than 1 KiB before it is read.
-async fn ask(cluster: &Cluster, mixed: &mut Instance, n: u32, stream: bool) -> http::Response<RecvStream> {
+/// Sends a request over a connection that takes no more than 1 KiB before it is read.
+async fn send(cluster: &Cluster, path: &str, asked: Value) -> ResponseFuture {
     let address = cluster.url.strip_prefix("http://").expect("a URL");
     let connection = TcpStream::connect(address).await.expect("connects");
     let mut builder = h2::client::Builder::new();
     let greeting = builder.initial_window_size(1024).handshake::<_, Bytes>(connection);
     let (mut client, connection) = greeting.await.expect("greets");
     tokio::spawn(connection);
-    let request = http::Request::post(format!("{}/v1/completions", cluster.url)).body(()).expect("a request");
+    let request = http::Request::post(format!("{}{path}", cluster.url)).body(()).expect("a request");
     let (response, mut body) = client.send_request(request, false).expect("is sent");
+    body.send_data(asked.to_string().into(), true).expect("is sent");
+    response
+}
+
+/// Asks for answers that begin with a long prompt.
+async fn ask(cluster: &Cluster, mixed: &mut Instance, n: u32, stream: bool) -> http::Response<RecvStream> {
     let prompt = "p".repeat(PROMPT_TOKENS);
     let asked =
         json!({"model": "tiny", "prompt": prompt, "max_tokens": 1, "n": n, "echo": true, "stream": stream});
-    body.send_data(asked.to_string().into(), true).expect("is sent");
+    let response = send(cluster, "/v1/completions", asked).await;
     let leg = mixed.dispatch().await.leg;
     for choice in 0..n {
         mixed.of_choice((leg, choice), 0, "x", Some(v1::FinishReason::Length));
@@ -75,6 +83,41 @@ async fn an_answer_that_nobody_reads_holds_its_memory_until_the_deadline_and_no_
             "{}",
             &told[told.len() - 300..]
         );
+    }
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn log_probabilities_take_no_more_once_they_are_written_than_was_reserved_for_them() {
+    const TOKENS: usize = 1_500;
+    let (cluster, mut mixed) = cluster(Duration::from_secs(60)).await;
+    let reserved = || cluster.service.metrics.prompt_reserved.get();
+    for (path, field, prompt, logprobs) in [
+        ("/v1/chat/completions", "messages", json!([{"role": "user", "content": "hi"}]), json!(true)),
+        ("/v1/completions", "prompt", json!("hi"), json!(5)),
+    ] {
+        let chat = logprobs == json!(true);
+        let mut asked = json!({"model": "tiny", field: prompt, "max_tokens": TOKENS, "logprobs": logprobs});
+        let most = if chat { 20 } else { 5 };
+        if chat {
+            asked["top_logprobs"] = most.into();
+        }
+        let response = send(&cluster, path, asked).await;
+        let leg = mixed.dispatch().await.leg;
+        let before = reserved();
+        let (top_tokens, top_logprobs) = (128..128 + most).map(|token| (token, -12.345_678)).unzip();
+        let scored = v1::TokenLogprobs { logprob: -12.345_678, top_tokens, top_logprobs };
+        let end = v1::Finished { reason: v1::FinishReason::Length.into(), ..Default::default() };
+        let (text, end) = ("x".repeat(TOKENS), Some(v1::leg_output::End::Finished(end)));
+        mixed.scored(leg, 0, &text, vec![scored; TOKENS], end);
+        let response = response.await.expect("a head");
+        let length = response.headers()["content-length"].to_str().expect("text").parse::<i64>();
+        let length = length.expect("a number");
+        assert_eq!(reserved(), length, "{path}");
+        assert!(length <= before + FREE, "{length} bytes are written, {before} were reserved: {path}");
+        let whole: Value = serde_json::from_str(&read(response).await.expect("is whole")).expect("is JSON");
+        assert_eq!(whole["usage"]["completion_tokens"], TOKENS);
+        until("it is given back", || reserved() == 0).await;
     }
     cluster.at_rest().await;
 }
