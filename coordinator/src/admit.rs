@@ -154,11 +154,19 @@ impl Gate {
     }
 
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way. Where there is none
-    /// the request leaves the house.
-    pub fn body(&self, ticket: Ticket, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
-        // Rooms that are served, or wait in line, are in nobody's part of those.
-        let free = self.house.available_permits().saturating_sub(OUTRANKING_MOST);
-        if self.reading.held(&tenant.name) > SHARE.saturating_mul(free) {
+    /// the request leaves the house. `outranks` as for [`Gate::enter`].
+    pub fn body(
+        &self,
+        ticket: Ticket,
+        announced: Option<usize>,
+        tenant: &Tenant,
+        outranks: impl FnOnce() -> bool,
+    ) -> Result<Body, ApiError> {
+        // Rooms that are served, or wait in line, are in nobody's part of those that are free.
+        let (free, held) = (self.house.available_permits(), self.reading.held(&tenant.name));
+        let within_share = |free: usize| held <= SHARE.saturating_mul(free);
+        let for_everybody = free.saturating_sub(OUTRANKING_MOST);
+        if !(within_share(for_everybody) || (within_share(free) && outranks())) {
             return Err(Refusal::House.refuse(STILL_SENT, None, &self.refusals));
         }
         let mut reading = self.reading.part(&tenant.name);
@@ -243,17 +251,29 @@ mod tests {
         let of = |name: &str| Tenant { name: name.into(), ..Tenant::default() };
         // Some are served, or wait in line.
         let others: Vec<_> = (0..8).map(|_| gate.enter(|| None, || true).expect("room")).collect();
-        let begun = |tenant: &Tenant| {
-            let ticket = gate.enter(|| None, || true).expect("room");
-            gate.body(ticket, Some(100), tenant)
+        let begun = |name: &str, outranks: bool| {
+            let ticket = gate.enter(|| None, || outranks)?;
+            gate.body(ticket, Some(100), &of(name), || outranks)
         };
-        let mut slow: Vec<_> = std::iter::from_fn(|| begun(&of("slow")).ok()).take(100).collect();
+        let fill =
+            |name: &str, outranks| std::iter::from_fn(|| begun(name, outranks).ok()).collect::<Vec<_>>();
+        let mut slow = fill("slow", false);
         assert_eq!(slow.len(), 8, "eight ninths of what is left of 17");
-        assert!(begun(&of("other")).is_ok() && begun(&of("slow")).is_err());
+        let other = begun("other", false).expect("the last room that is for everybody");
+        assert!(begun("slow", false).is_err() && begun("another", false).is_err());
+        // Who may outrank those that wait shares the rooms that are left for that in the same way.
+        let first = fill("first", true);
+        assert_eq!(first.len(), 57, "eight ninths of 64");
+        assert!(begun("second", true).is_ok());
+        drop(first);
+        // They are those of who may have them also while a room for everybody is free.
+        drop(other);
+        assert_eq!(fill("first", true).len(), 57, "eight ninths of 65");
+        assert_eq!(fill("first", false).len(), 1, "of one");
         drop(others);
         // What has come is in nobody's way.
         slow.iter_mut().for_each(Body::complete);
-        assert!(begun(&of("slow")).is_ok());
+        assert!(begun("slow", false).is_ok());
     }
 
     #[test]

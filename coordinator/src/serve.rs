@@ -86,9 +86,13 @@ impl Service {
     pub fn enter(&self, caller: &Caller, now: Instant) -> Result<(Call, Ticket), ApiError> {
         let call = caller.call(now)?;
         // Before it is known what it asks for.
-        let outranks = || self.models.have_behind(&call.tenant().rank(0));
-        let ticket = self.gate.enter(|| self.models.drain(), outranks)?;
+        let ticket = self.gate.enter(|| self.models.drain(), || self.may_outrank(&call.tenant()))?;
         Ok((call, ticket))
+    }
+
+    /// Whether anybody waits, for any model, who may give way to a request of this tenant's.
+    pub fn may_outrank(&self, tenant: &Tenant) -> bool {
+        self.models.have_behind(&tenant.rank(0))
     }
 
     /// Takes a request to where its answer streams.

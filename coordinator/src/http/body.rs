@@ -78,7 +78,8 @@ async fn taken(
         return Err(Unread::Unasked(over(most)));
     }
     let mut ahead = None;
-    let mut whole = service.gate.body(ticket, announced, tenant).map_err(Unread::Unasked)?;
+    let body = service.gate.body(ticket, announced, tenant, || service.may_outrank(tenant));
+    let mut whole = body.map_err(Unread::Unasked)?;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             let message = format!("the request body broke off: {error}");
