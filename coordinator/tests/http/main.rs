@@ -10,6 +10,7 @@ mod failures;
 mod faulty;
 mod handoffs;
 mod keys;
+mod left;
 mod line;
 mod local;
 mod migrations;

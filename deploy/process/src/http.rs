@@ -33,7 +33,7 @@ use crate::{
 
 pub use express::{CHUNK_HEAD, Express, Sent};
 
-mod express;
+pub(crate) mod express;
 
 /// Connections of those who only observe a process.
 const OBSERVERS_MOST: usize = 256;
@@ -46,6 +46,8 @@ const REST_OF_HEAD_TIMEOUT: Duration = IDLE_TIMEOUT.saturating_add(Duration::fro
 /// For a connection that is let go to close. At once, mostly; but the end of the last answer, handed over and not yet
 /// sent, may still wait for a client that reads slowly.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Whoever has sent all and says so is answered if that takes no longer; an answer that takes longer is not made for nobody.
+const LEFT_PATIENCE: Duration = Duration::from_millis(20);
 /// A silent HTTP/2 client is asked this often whether it is still there.
 const PING_EVERY: Duration = Duration::from_secs(30);
 /// And must answer within this time, which is long: many a client answers only while it reads.
@@ -170,11 +172,13 @@ async fn take(stream: TcpStream, port: Port, seat: Seat, shutdown: CancellationT
     match port.https {
         None => {
             let (connection, express) = express::Connection::new(stream);
-            conversation.serve(connection, Some(express)).await;
+            let left = connection.left();
+            conversation.serve(connection, Some(express), left).await;
         }
         Some(https) => {
             if let Some(secured) = https.accept(stream).await {
-                conversation.serve(secured, None).await;
+                let left = secured.get_ref().0.left();
+                conversation.serve(secured, None, left).await;
             }
         }
     }
@@ -198,9 +202,9 @@ impl Conversation {
     }
 
     /// To its end. One that brings no request in time, or nothing for long while no answer is on its way, is closed, whatever
-    /// its version of HTTP: it would hold a seat for ever. What is on its way is never cut for that. Requests that are
-    /// answered in chunks are told of `express`.
-    async fn serve<S>(self, stream: S, express: Option<Express>)
+    /// its version of HTTP: it would hold a seat for ever. What is on its way is never cut for that, only once its client has
+    /// `left`. Requests that are answered in chunks are told of `express`.
+    async fn serve<S>(self, stream: S, express: Option<Express>, left: impl Future<Output = ()>)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -230,9 +234,17 @@ impl Conversation {
                 std::future::pending::<()>().await;
             }
         };
+        // Hyper looks for the end of what a client sends only while it has nothing else of it: a byte behind the request, and
+        // who has left would be answered to the end.
+        let nobody_hears = async {
+            left.await;
+            underway.same_for(LEFT_PATIENCE).await;
+        };
+        let mut nobody_hears = std::pin::pin!(nobody_hears);
         let result = tokio::select! {
             biased;
             result = connection.as_mut() => result,
+            () = nobody_hears.as_mut() => return,
             () = head_is_late => return closed.count(Why::Late),
             () = underway.nothing_for(IDLE_TIMEOUT) => {
                 closed.count(Why::Idle);
@@ -240,12 +252,17 @@ impl Conversation {
                 // A request that came at the last moment is still answered.
                 tokio::select! {
                     result = connection => result,
+                    () = nobody_hears => return,
                     () = underway.nothing_for(GOODBYE_TIMEOUT) => return,
                 }
             }
             () = shutdown.cancelled() => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                tokio::select! {
+                    biased;
+                    result = connection => result,
+                    () = nobody_hears => return,
+                }
             }
         };
         if let Err(error) = result {

@@ -37,6 +37,16 @@ impl Underway {
             }
         }
     }
+
+    /// Returns once something has been on its way for this long, while nothing has begun or ended.
+    pub(crate) async fn same_for(&self, time: Duration) {
+        let mut answers = self.0.subscribe();
+        while answers.wait_for(|answers| *answers > 0).await.is_ok() {
+            if timeout(time, answers.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
 }
 
 /// One answer on its way.

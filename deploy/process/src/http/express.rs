@@ -6,9 +6,11 @@
 //! does not take stays here, before anything that hyper writes later, and the connection's task sends it as it always does.
 //!
 //! For HTTP/1.1 over plain TCP with bodies of unknown length, which hyper sends in chunks (RFC 9112, 7.1). Whatever else
-//! a connection speaks has no [`Express`], and a body that is not offered one, or uses none, is none the wiser.
+//! a connection speaks has no [`Express`], and a body that is not offered one, or uses none, is none the wiser. TLS, too, goes
+//! over a [`Connection`], for it knows when its client has left.
 
 use std::{
+    future::pending,
     io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
@@ -21,7 +23,7 @@ use rustix::{
     net::{SendFlags, Shutdown, send, shutdown},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
 };
 
@@ -132,16 +134,28 @@ fn write_head(buffer: &mut [u8]) -> usize {
 
 /// The connection as hyper has it.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     reads: OwnedReadHalf,
     socket: Arc<Socket>,
 }
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream) -> (Self, Express) {
+    pub(crate) fn new(stream: TcpStream) -> (Self, Express) {
         let (reads, writes) = stream.into_split();
         let socket = Arc::new(Socket { writes, state: Mutex::default() });
         (Self { reads, socket: socket.clone() }, Express(socket))
+    }
+
+    /// Returns once the client has closed its side, whether what it had sent before has been read or not. Whoever waits for
+    /// urgent data is told of the end as well, but of no other data: it need not be looked for again and again.
+    pub(super) fn left(&self) -> impl Future<Output = ()> + Send + use<> {
+        let socket = self.socket.clone();
+        async move {
+            let ready = socket.writes.ready(Interest::PRIORITY).await;
+            if !ready.is_ok_and(|ready| ready.is_read_closed()) {
+                pending().await
+            }
+        }
     }
 
     /// Once what was kept of a chunk has been sent.

@@ -95,6 +95,42 @@ async fn a_connection_that_brings_no_whole_head_is_closed() {
     assert_eq!(tokio::join!(a, b, c), (true, true, true));
 }
 
+#[tokio::test]
+async fn what_is_answered_at_once_is_answered_to_whoever_has_said_all() {
+    const REQUESTS: usize = 100;
+    let (address, _shutdown, _serving) = started(1);
+    for requests in [1, REQUESTS] {
+        let mut stream = TcpStream::connect(address).await.expect("connects");
+        let asked = "GET /health HTTP/1.1\r\nhost: x\r\n\r\n".repeat(requests);
+        stream.write_all(asked.as_bytes()).await.expect("is sent");
+        stream.shutdown().await.expect("ends its side");
+        let mut answers = String::new();
+        timeout(PATIENCE, stream.read_to_string(&mut answers)).await.expect("in time").expect("is read");
+        assert_eq!(answers.matches("HTTP/1.1 200").count(), requests);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_has_left_is_missed_and_one_that_only_sends_more_is_not() {
+    let (asked, dropped) = (Arc::new(Notify::new()), CancellationToken::new());
+    let (begun, held) = (asked.clone(), dropped.clone());
+    let never = get(async move || {
+        let _held = held.drop_guard();
+        begun.notify_one();
+        std::future::pending::<()>().await
+    });
+    let (address, _shutdown, _serving) = serving(Port::of_observers(Router::new().route("/never", never)));
+    let mut stream = TcpStream::connect(address).await.expect("connects");
+    stream.write_all(b"GET /never HTTP/1.1\r\nhost: x\r\n\r\n\r\n").await.expect("is sent");
+    asked.notified().await;
+    for _ in 0..3 {
+        stream.write_all(b"GET /never").await.expect("is sent");
+        assert!(timeout(LEFT_PATIENCE * 3, dropped.cancelled()).await.is_err(), "it is still there");
+    }
+    drop(stream);
+    timeout(PATIENCE, dropped.cancelled()).await.expect("nobody misses it");
+}
+
 /// The server's side of a conversation.
 struct Talk {
     closed: Closed,
@@ -122,7 +158,11 @@ fn conversation() -> (DuplexStream, Talk, Arc<Notify>) {
         );
     let conversation = Conversation::of_test(router);
     let closed = conversation.closed.clone();
-    (client, Talk { closed, task: tokio::spawn(conversation.serve(server, None)) }, asked)
+    (
+        client,
+        Talk { closed, task: tokio::spawn(conversation.serve(server, None, std::future::pending())) },
+        asked,
+    )
 }
 
 fn asking(path: &str) -> Request<()> {

@@ -1,6 +1,6 @@
 //! Who is at the other end of a connection to a gRPC port: found out when it is taken in, and put to each of its requests.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{convert::identity, net::SocketAddr, sync::Arc};
 
 use http::Request;
 use tokio::net::TcpStream;
@@ -41,7 +41,7 @@ impl Tls {
                 return None;
             }
         };
-        let shaken = shake_hands(stream, config, why_in_plaintext, &self.counts).await?;
+        let shaken = shake_hands(stream, identity, config, why_in_plaintext, &self.counts).await?;
         let peer = shown(&shaken, held.domain());
         Some((Either::Left(shaken), Caller { address, peer }))
     }

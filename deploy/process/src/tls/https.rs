@@ -31,7 +31,7 @@ use super::{
     handshake::shake_hands,
     parting::why_in_plain_http,
 };
-use crate::Invalid;
+use crate::{Invalid, http::express::Connection};
 
 /// Files by which clients are served. None of them = plaintext.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -116,8 +116,10 @@ impl Https {
 
     /// Shakes hands with a client, within some seconds. None: it did not come to that; the client was told why, if it
     /// listened.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
-        shake_hands(stream, self.made.current().server.clone(), why_in_plain_http, &self.counts).await
+    pub(crate) async fn accept(&self, stream: TcpStream) -> Option<TlsStream<Connection>> {
+        let over = |stream| Connection::new(stream).0;
+        let server = self.made.current().server.clone();
+        shake_hands(stream, over, server, why_in_plain_http, &self.counts).await
     }
 }
 

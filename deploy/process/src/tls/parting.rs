@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
@@ -51,7 +51,7 @@ pub(super) fn why_in_plain_http() -> Vec<u8> {
 
 /// Says something, after what has been said already, and closes once the other side has, for at most [`LEAVE_WITHIN`].
 /// A close with unread bytes would be a reset, which takes the words away from who has not read them yet.
-pub(super) async fn turn_away(mut stream: TcpStream, words: &[u8]) {
+pub(super) async fn turn_away(mut stream: impl AsyncRead + AsyncWrite + Unpin, words: &[u8]) {
     let parting = async {
         stream.write_all(words).await?;
         stream.shutdown().await?;

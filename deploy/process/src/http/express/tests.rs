@@ -125,7 +125,8 @@ async fn ask(making: &Arc<Making>, version: &str) -> Vec<u8> {
     });
     let (connection, express) = Connection::new(stream);
     let router = Router::new().route("/", route);
-    let served = tokio::spawn(Conversation::of_test(router).serve(connection, Some(express)));
+    let left = connection.left();
+    let served = tokio::spawn(Conversation::of_test(router).serve(connection, Some(express), left));
     let request = format!("GET / HTTP/{version}\r\nhost: x\r\nconnection: close\r\n\r\n");
     client.write_all(request.as_bytes()).await.expect("is sent");
     let mut answer = Vec::new();

@@ -2,14 +2,16 @@
 
 use std::{fs, io, net::TcpListener as StdListener};
 
+use axum::routing::get;
 use rcgen::{CertificateParams, SanType};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    sync::Notify,
     time::{sleep, timeout},
 };
 use tokio_rustls::{
-    TlsConnector,
+    TlsConnector, client,
     rustls::{ClientConfig, pki_types::CertificateDer},
 };
 
@@ -34,6 +36,9 @@ struct Served {
     closed: Closed,
     address: String,
     shutdown: CancellationToken,
+    /// An answer for `/never` is being made, and is not made any more.
+    asked: Arc<Notify>,
+    left: CancellationToken,
 }
 
 impl Drop for Served {
@@ -67,15 +72,27 @@ impl Served {
             .expect("good files");
         let listener = StdListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("is bound").to_string();
-        let routes = router(metrics.clone(), HealthHandle::default());
+        let (asked, left) = (Arc::new(Notify::new()), CancellationToken::new());
+        let (begun, held) = (asked.clone(), left.clone());
+        let never = get(async move || {
+            let _held = held.drop_guard();
+            begun.notify_one();
+            std::future::pending::<()>().await
+        });
+        let routes = router(metrics.clone(), HealthHandle::default()).route("/never", never);
         let closed = Closed::default();
         let port = Port { https, connections, closed: closed.clone(), ..Port::of_observers(routes) };
         tokio::spawn(serve(listener, port, shutdown.clone(), SOON));
-        Self { _folder: folder, ours, config, metrics, closed, address, shutdown }
+        Self { _folder: folder, ours, config, metrics, closed, address, shutdown, asked, left }
     }
 
-    /// Asks as a client that believes these authorities' signatures and shows what they have signed for it.
-    async fn ask(&self, believes: &Authority, shows: Option<&Authority>, speaks: &str) -> io::Result<String> {
+    /// Connects as a client that believes these authorities' signatures and shows what they have signed for it.
+    async fn connect(
+        &self,
+        believes: &Authority,
+        shows: Option<&Authority>,
+        speaks: &str,
+    ) -> io::Result<client::TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         roots.add(of_pem(&believes.pem)).expect("an authority");
         let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -94,7 +111,12 @@ impl Served {
         config.alpn_protocols = vec![speaks.into()];
         let tcp = TcpStream::connect(&self.address).await?;
         let name = "127.0.0.1".try_into().expect("an address");
-        let mut stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
+        TlsConnector::from(Arc::new(config)).connect(name, tcp).await
+    }
+
+    /// The same, and asks.
+    async fn ask(&self, believes: &Authority, shows: Option<&Authority>, speaks: &str) -> io::Result<String> {
+        let mut stream = self.connect(believes, shows, speaks).await?;
         let agreed = stream.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
         if agreed.as_deref() == Some(b"h2") {
             return Ok("h2".to_owned());
@@ -123,6 +145,16 @@ async fn clients_are_served_and_need_no_certificate() {
     let answer = served.ask(&served.ours, None, "http/1.1").await.expect("is served");
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert_eq!(served.ask(&served.ours, None, "h2").await.expect("is served"), "h2");
+}
+
+#[tokio::test]
+async fn a_client_that_has_left_is_missed_whatever_it_had_sent_behind_its_request() {
+    let served = Served::start(None);
+    let mut stream = served.connect(&served.ours, None, "http/1.1").await.expect("connects");
+    stream.write_all(b"GET /never HTTP/1.1\r\nhost: x\r\n\r\n\r\n").await.expect("is sent");
+    served.asked.notified().await;
+    drop(stream);
+    timeout(SOON, served.left.cancelled()).await.expect("nobody misses it");
 }
 
 #[tokio::test]
