@@ -20,7 +20,7 @@ use baton_registry::FleetSnapshot;
 use futures::{FutureExt, StreamExt};
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -198,16 +198,14 @@ impl Registration {
             let first = orders.message().await?.ok_or(Broken::Closed)?;
             Ok::<_, Broken>((orders, first))
         };
-        let (mut orders, order) = tokio::select! {
+        let (mut orders, mut order) = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Ok(()),
             opened = timeout(ANSWER_WITHIN, open) => opened.map_err(|_| Broken::Silent)??,
         };
         tracing::info!(controller = target.endpoint, epoch = %target.epoch, "registered with the controller");
         self.keys.share_among(order.coordinators);
-        let every = Duration::from_millis(order.beat_millis.into()).clamp(BEAT_RANGE.0, BEAT_RANGE.1);
-        let mut ticks = interval_at(Instant::now() + every, every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut beats = ticks(&order);
         let mut drain_told = false;
         loop {
             tokio::select! {
@@ -220,12 +218,16 @@ impl Registration {
                 }
                 () = self.controllers.moved(target) => return Err(Broken::Moved),
                 () = self.shutdown.cancelled(), if !drain_told => drain_told = true,
-                order = orders.message() => {
-                    let order = order?.ok_or(Broken::Closed)?;
-                    self.keys.share_among(order.coordinators);
+                next = orders.message() => {
+                    let next = next?.ok_or(Broken::Closed)?;
+                    self.keys.share_among(next.coordinators);
+                    if next.beat_millis != order.beat_millis {
+                        beats = ticks(&next);
+                    }
+                    order = next;
                     continue;
                 }
-                _ = ticks.tick() => {}
+                _ = beats.tick() => {}
             }
             let now = Instant::now();
             let since = told.checked_sub(ENTERED_WITHIN);
@@ -250,6 +252,14 @@ impl Registration {
         };
         beat.into()
     }
+}
+
+/// When to beat from now on.
+fn ticks(order: &v1::CoordinatorOrder) -> Interval {
+    let every = Duration::from_millis(order.beat_millis.into()).clamp(BEAT_RANGE.0, BEAT_RANGE.1);
+    let mut ticks = interval_at(Instant::now() + every, every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 fn say(reports: &mpsc::Sender<v1::CoordinatorReport>, report: Report) -> Result<(), Broken> {

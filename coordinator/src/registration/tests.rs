@@ -250,6 +250,27 @@ async fn how_many_coordinators_there_are_is_taken_from_every_order_that_says_it(
 }
 
 #[tokio::test]
+async fn a_later_order_says_anew_how_often_to_beat_and_whether_links_are_merged() {
+    let (address, mut calls) = controller().await;
+    let rig = rig(Controllers::One(address));
+    let mut call = call(&mut calls).await;
+    call.hello().await;
+    // The first beat of this would come later than the test waits.
+    call.order(60_000).await;
+    call.order(20).await;
+    for _ in 0..3 {
+        let beat = timeout(Duration::from_secs(5), call.beat()).await.expect("it waits for its first beat");
+        assert!(beat.all_links);
+    }
+    call.answer(v1::CoordinatorOrder { beat_millis: 20, merges_links: true, coordinators: 0 }).await;
+    let merged = async { while call.beat().await.all_links {} };
+    timeout(PATIENCE, merged).await.expect("it tells all links with every beat");
+    rig.stop.cancel();
+    drop(call);
+    rig.ends().await;
+}
+
+#[tokio::test]
 async fn a_drain_is_told_at_once() {
     let (address, mut calls) = controller().await;
     let rig = rig(Controllers::One(address));
