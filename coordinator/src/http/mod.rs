@@ -68,7 +68,7 @@ pub fn router(service: Arc<Service>, observed: Router) -> Router {
 /// What is left once clients are let in no more and requests still run: by what the process is observed. Everything else is to
 /// be asked of another coordinator.
 pub fn closed(observed: Router) -> Router {
-    guarded(observed.fallback(turned_away))
+    guarded(observed.method_not_allowed_fallback(wrong_method).fallback(turned_away))
 }
 
 async fn turned_away(request: Request) -> Response {
@@ -280,8 +280,26 @@ mod tests {
         let response = routes.oneshot(request.expect("a request")).await.expect("an answer");
         assert_eq!(response.status(), 500);
         assert_eq!(response.headers()[X_REQUEST_ID], "mine");
+        assert_eq!(error_code(response).await, "internal_error");
+    }
+
+    #[tokio::test]
+    async fn every_error_of_a_coordinator_that_shuts_down_has_the_usual_shape() {
+        let observed = Router::new().route("/metrics", get(async || "figures"));
+        for (method, path, status, code) in
+            [("POST", "/metrics", 405, "method_not_allowed"), ("POST", "/v1/completions", 503, "unavailable")]
+        {
+            let request = Request::builder().method(method).uri(path).body(Body::empty());
+            let answered = closed(observed.clone()).oneshot(request.expect("a request")).await;
+            let response = answered.expect("an answer");
+            assert_eq!(response.status(), status, "{path}");
+            assert_eq!(error_code(response).await, code, "{path}");
+        }
+    }
+
+    async fn error_code(response: Response) -> String {
         let body = axum::body::to_bytes(response.into_body(), 4096).await.expect("a body");
         let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-        assert_eq!(body["error"]["code"], "internal_error");
+        body["error"]["code"].as_str().expect("a code").to_owned()
     }
 }
