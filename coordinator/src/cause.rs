@@ -88,6 +88,7 @@ mod tests {
             (ErrorCode::RequestTimeout, ""),
             (ErrorCode::InvalidApiKey, ""),
             (ErrorCode::RateLimited, ""),
+            (ErrorCode::UnsupportedMediaType, ""),
         ];
         for (code, expected) in table {
             let answers = [

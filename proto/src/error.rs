@@ -33,6 +33,7 @@ pub enum ErrorCode {
     RequestTimeout,
     InvalidApiKey,
     RateLimited,
+    UnsupportedMediaType,
 }
 
 struct Row {
@@ -81,6 +82,7 @@ const TABLE: &[Row] = table! {
     RequestTimeout,        DeadlineExceeded,   408, "invalid_request_error", "request_timeout";
     InvalidApiKey,         Unauthenticated,    401, "invalid_request_error", "invalid_api_key";
     RateLimited,           ResourceExhausted,  429, "rate_limit_error",      "rate_limit_exceeded";
+    UnsupportedMediaType,  Unimplemented,      415, "invalid_request_error", "unsupported_media_type";
 };
 
 impl ErrorCode {

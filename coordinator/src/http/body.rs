@@ -141,7 +141,7 @@ fn plain(headers: &HeaderMap) -> Result<(), ApiError> {
             let message = format!(
                 "the request body comes in the encoding {value:?}, which is not taken: send it as it is"
             );
-            Err(ApiError::new(ErrorCode::Unsupported, message))
+            Err(ApiError::new(ErrorCode::UnsupportedMediaType, message))
         }
     }
 }

@@ -379,9 +379,14 @@ async fn a_body_in_an_encoding_of_its_own_is_refused_by_its_name() {
         tokio::spawn(request.header("content-encoding", encoding).send())
     };
     let refused = ask("gzip").await.expect("ends").expect("is answered");
-    assert_eq!(refused.status(), 400);
+    assert_eq!(refused.status(), 415);
     let error: Value = refused.json().await.expect("is JSON");
-    assert!(error["error"]["message"].as_str().expect("text").contains("\"gzip\""), "{error}");
+    let error = &error["error"];
+    assert_eq!(
+        (&error["type"], &error["code"]),
+        (&json!("invalid_request_error"), &json!("unsupported_media_type"))
+    );
+    assert!(error["message"].as_str().expect("text").contains("\"gzip\""), "{error}");
     let plain = ask("identity");
     finish(&mut tiny).await;
     assert_eq!(plain.await.expect("ends").expect("is answered").status(), 200);
