@@ -13,10 +13,10 @@ use crate::{
 const LEAST: f32 = -9999.0;
 
 /// The `logprobs` object of one choice, in its endpoint's shape.
-pub(super) fn object<'a>(
+pub(super) fn object<'a, 't>(
     endpoint: Endpoint,
     text: &'a dyn TextModel,
-    tokens: &[ScoredToken],
+    tokens: impl Iterator<Item = &'t ScoredToken> + Clone,
 ) -> Logprobs<'a> {
     match endpoint {
         Endpoint::Chat => Logprobs::Chat(chat(text, tokens)),
@@ -61,7 +61,7 @@ pub(super) struct OfText<'a> {
     text_offset: Vec<u32>,
 }
 
-fn chat<'a>(text: &'a dyn TextModel, tokens: &[ScoredToken]) -> OfChat<'a> {
+fn chat<'a, 't>(text: &'a dyn TextModel, tokens: impl Iterator<Item = &'t ScoredToken>) -> OfChat<'a> {
     let likely = |token, logprob: f32| {
         let (token, bytes) = match text.spelling(token) {
             Spelling::Bytes(bytes) => (spelt(bytes, ""), Some(bytes)),
@@ -73,10 +73,13 @@ fn chat<'a>(text: &'a dyn TextModel, tokens: &[ScoredToken]) -> OfChat<'a> {
         chosen: likely(scored.token, scored.logprobs.logprob),
         top_logprobs: scored.logprobs.top.iter().map(|&(token, logprob)| likely(token, logprob)).collect(),
     };
-    OfChat { content: tokens.iter().map(told).collect(), refusal: () }
+    OfChat { content: tokens.map(told).collect(), refusal: () }
 }
 
-fn side_by_side<'a>(text: &'a dyn TextModel, tokens: &[ScoredToken]) -> OfText<'a> {
+fn side_by_side<'a, 't>(
+    text: &'a dyn TextModel,
+    tokens: impl Iterator<Item = &'t ScoredToken> + Clone,
+) -> OfText<'a> {
     let spelt = |token| match text.spelling(token) {
         Spelling::Bytes(bytes) => spelt(bytes, "bytes:"),
         Spelling::Name(name) => name,
@@ -90,10 +93,10 @@ fn side_by_side<'a>(text: &'a dyn TextModel, tokens: &[ScoredToken]) -> OfText<'
         map
     };
     OfText {
-        tokens: tokens.iter().map(|scored| spelt(scored.token)).collect(),
-        token_logprobs: tokens.iter().map(|scored| scored.logprobs.logprob.max(LEAST)).collect(),
-        top_logprobs: tokens.iter().map(of_each).collect(),
-        text_offset: tokens.iter().map(|scored| scored.text_offset).collect(),
+        tokens: tokens.clone().map(|scored| spelt(scored.token)).collect(),
+        token_logprobs: tokens.clone().map(|scored| scored.logprobs.logprob.max(LEAST)).collect(),
+        top_logprobs: tokens.clone().map(of_each).collect(),
+        text_offset: tokens.map(|scored| scored.text_offset).collect(),
     }
 }
 
@@ -128,7 +131,7 @@ mod tests {
             scored(0xe2, 1, -0.25, &[(0xe2, -0.25), (0, -2.0)]),
             scored(0, 1, f32::NEG_INFINITY, &[]),
         ];
-        serde_json::to_value(object(endpoint, &Bytes, &tokens)).expect("is JSON")
+        serde_json::to_value(object(endpoint, &Bytes, tokens.iter())).expect("is JSON")
     }
 
     #[test]

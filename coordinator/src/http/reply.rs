@@ -25,6 +25,9 @@ use crate::{
 };
 
 const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+/// Of what has gathered of a choice, an event has no more bytes of text than this, and no more tokens with log probabilities.
+pub(super) const TEXT_MOST: usize = 32 << 10;
+const SCORED_MOST: usize = 64;
 
 /// The `usage` object.
 fn usage_json(usage: &Usage) -> serde_json::Value {
@@ -187,7 +190,8 @@ impl Voice {
         }
     }
 
-    /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end.
+    /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end. Leaves in `delta` what
+    /// is more than an event may have; of a choice with much of both, text goes ahead of its tokens.
     pub(super) fn delta(&self, out: &mut Vec<u8>, index: usize, delta: &mut Delta) {
         let finish = delta.finish.take();
         let (open, close, nothing): (&[u8], &[u8], &[u8]) = match self.shape.endpoint {
@@ -195,17 +199,20 @@ impl Voice {
             Endpoint::Text => (br#""text":"#, b"", br#""text":"""#),
         };
         if !delta.is_empty() {
+            let text = beginning(&delta.text);
             self.chunk(out, index, delta, |out| {
                 out.extend_from_slice(open);
-                write_json(out, &delta.text);
+                write_json(out, &text);
                 out.extend_from_slice(close);
             });
+            delta.told(text.len(), SCORED_MOST);
         }
-        if finish.is_some() {
+        if !delta.is_empty() {
+            delta.finish = finish;
+        } else if finish.is_some() {
             let end = Delta { finish, ..Delta::default() };
             self.chunk(out, index, &end, |out| out.extend_from_slice(nothing));
         }
-        delta.clear();
     }
 
     /// What follows the last choice's end: usage if it was asked for, and the end mark.
@@ -269,7 +276,9 @@ impl Voice {
         out.extend_from_slice(br#","logprobs":"#);
         // A chunk without tokens has none to tell; a whole answer that was to tell them has a list, be it empty.
         if self.shape.logprobs && !(self.shape.stream && delta.tokens.is_empty()) {
-            write_json(out, &logprobs::object(self.shape.endpoint, &*self.text, &delta.tokens));
+            let most = if self.shape.stream { SCORED_MOST } else { usize::MAX };
+            let tokens = delta.tokens.iter().take(most);
+            write_json(out, &logprobs::object(self.shape.endpoint, &*self.text, tokens));
         } else {
             out.extend_from_slice(b"null");
         }
@@ -283,6 +292,13 @@ impl Voice {
     }
 }
 
+/// As much of a text as an event may have.
+fn beginning(text: &str) -> &str {
+    let most = text.len().min(TEXT_MOST);
+    let end = (0..=most).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or_default()]
+}
+
 /// Writing to memory, of types that JSON can say, cannot fail.
 fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
     let _ = serde_json::to_writer(out, value);
@@ -290,10 +306,12 @@ fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use serde_json::Value;
 
     use super::*;
-    use crate::prepare::tests::served;
+    use crate::{fleet::TokenLogprobs, prepare::tests::served, stream::ScoredToken};
 
     fn events(write: impl Fn(&Voice, &mut Vec<u8>), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
         let shape = Shape { endpoint, stream: true, include_usage, logprobs: false };
@@ -312,7 +330,7 @@ mod tests {
     const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 };
 
     fn last(text: &str) -> Delta {
-        Delta { text: text.into(), tokens: vec![], finish: Some(StopReason::Length) }
+        Delta { text: text.into(), tokens: VecDeque::new(), finish: Some(StopReason::Length) }
     }
 
     #[test]
@@ -381,6 +399,30 @@ mod tests {
                 assert_eq!(events(around, endpoint, include_usage), events(whole, endpoint, include_usage));
             }
         }
+    }
+
+    #[test]
+    fn what_has_gathered_is_told_some_at_a_time() {
+        let shape = Shape { endpoint: Endpoint::Chat, stream: true, include_usage: false, logprobs: true };
+        let voice = Voice::new(&served(), shape, &RequestId::adopt("r"));
+        let logprobs = TokenLogprobs { logprob: -1.0, top: vec![] };
+        let scored = |text_offset| ScoredToken { token: 97, text_offset, logprobs: logprobs.clone() };
+        // The bytes that an event may have end within a character.
+        let text = format!("a{}", "\u{e9}".repeat(TEXT_MOST));
+        let mut delta = Delta { text: text.clone(), tokens: (0..200).map(scored).collect(), ..last("") };
+        let (mut told, mut counts) = (String::new(), Vec::new());
+        while !delta.is_empty() {
+            let mut out = Vec::new();
+            voice.delta(&mut out, 0, &mut delta);
+            for event in String::from_utf8(out).expect("is UTF-8").split_terminator("\n\n") {
+                let choice = parsed(event.strip_prefix("data: ").expect("an event"))["choices"][0].clone();
+                told.push_str(choice["delta"]["content"].as_str().unwrap_or_default());
+                let tokens = choice["logprobs"]["content"].as_array().map_or(0, Vec::len);
+                counts.push((tokens, choice["finish_reason"].is_string()));
+            }
+        }
+        assert!(told == text, "{} bytes of {}", told.len(), text.len());
+        assert_eq!(counts, [(64, false), (64, false), (64, false), (8, false), (0, true)]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-use super::reply::Voice;
+use super::reply::{TEXT_MOST, Voice};
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
@@ -47,7 +47,7 @@ use crate::{
 
 /// What an answer writes into, before it grows: some events of a token each.
 const BUFFER_BYTES: usize = 1 << 10;
-/// A connection is given so much at a time. Of a step that has more to tell no other choice is written before that is taken.
+/// A connection is given so much at a time. Of a step that has more to tell no other event is written before that is taken.
 const SLICE_BYTES: usize = 64 << 10;
 
 /// What is written when there is nothing to tell.
@@ -224,8 +224,9 @@ impl Parts {
         self.wrote = true;
         if let (Step::More, true, [delta]) = (&step, self.opened, &mut *self.deltas)
             && delta.is_text_alone()
+            && delta.text.len() <= TEXT_MOST
         {
-            return Self::write_text(&self.voice, &mut self.out, &mut self.text_at, &mut delta.text);
+            return Self::write_text(&self.voice, &mut self.out, &mut self.text_at, delta);
         }
         let out = &mut self.out;
         begin(out);
@@ -234,11 +235,13 @@ impl Parts {
             self.voice.opening(out, self.deltas.len());
         }
         for (index, delta) in self.deltas.iter_mut().enumerate() {
-            if out.len() > SLICE_BYTES {
-                self.begun = Some(step);
-                return;
+            while !delta.is_empty() {
+                if out.len() > SLICE_BYTES {
+                    self.begun = Some(step);
+                    return;
+                }
+                self.voice.delta(out, index, delta);
             }
-            self.voice.delta(out, index, delta);
         }
         let Step::End(end) = step else { return };
         match end {
@@ -257,15 +260,15 @@ impl Parts {
         }
     }
 
-    fn write_text(voice: &Voice, out: &mut Vec<u8>, text_at: &mut Option<usize>, text: &mut String) {
+    fn write_text(voice: &Voice, out: &mut Vec<u8>, text_at: &mut Option<usize>, delta: &mut Delta) {
         let at = *text_at.get_or_insert_with(|| {
             begin(out);
             voice.before_text(out);
             out.len()
         });
         out.truncate(at);
-        voice.text(out, text);
-        text.clear();
+        voice.text(out, &delta.text);
+        delta.clear();
     }
 
     /// What the body gives next.

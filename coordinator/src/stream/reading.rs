@@ -12,12 +12,16 @@ use crate::{
     prepare::{PreparedPrompt, TextReader},
 };
 
+/// What a choice keeps memory for after more than that was written at once.
+const TEXT_BYTES_KEPT: usize = 1 << 10;
+const TOKENS_KEPT: usize = 64;
+
 /// What reading brought of one choice since it was last written.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Delta {
     pub text: String,
     /// The tokens that begin in `text`, and those without text between them; only if log probabilities were asked for.
-    pub tokens: Vec<ScoredToken>,
+    pub tokens: VecDeque<ScoredToken>,
     /// With the choice's last delta: why it ended.
     pub finish: Option<StopReason>,
 }
@@ -33,11 +37,22 @@ impl Delta {
         !self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
     }
 
-    /// Empties it, and keeps its buffers.
+    /// Empties it, and keeps its buffers, unless they are large.
     pub fn clear(&mut self) {
         self.text.clear();
+        self.text.shrink_to(TEXT_BYTES_KEPT);
         self.tokens.clear();
+        self.tokens.shrink_to(TOKENS_KEPT);
         self.finish = None;
+    }
+
+    /// So much of it has been written, from its beginning.
+    pub fn told(&mut self, text_bytes: usize, tokens: usize) {
+        if text_bytes >= self.text.len() && tokens >= self.tokens.len() {
+            return self.clear();
+        }
+        self.text.drain(..text_bytes);
+        self.tokens.drain(..tokens.min(self.tokens.len()));
     }
 }
 
@@ -236,6 +251,19 @@ mod tests {
 
     fn delta(text: &str, tokens: &[(u32, u32)]) -> (String, Vec<(u32, u32)>) {
         (text.to_owned(), tokens.to_vec())
+    }
+
+    #[test]
+    fn what_had_much_to_tell_keeps_little_memory() {
+        let scored =
+            ScoredToken { token: 0, text_offset: 0, logprobs: TokenLogprobs { logprob: 0.0, top: vec![] } };
+        let mut delta =
+            Delta { text: "a".repeat(1 << 20), tokens: vec![scored; 1 << 10].into(), ..Delta::default() };
+        delta.told(1 << 20, 1000);
+        assert_eq!((delta.text.len(), delta.tokens.len()), (0, 24));
+        delta.told(0, 1000);
+        assert!(delta.is_empty());
+        assert!(delta.text.capacity() <= TEXT_BYTES_KEPT && delta.tokens.capacity() <= 2 * TOKENS_KEPT);
     }
 
     #[test]

@@ -8,8 +8,9 @@ use bytes::Bytes;
 use h2::{RecvStream, client::ResponseFuture};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use v1::FinishReason;
 
-use crate::scripted::{Cluster, Instance, events, served, until};
+use crate::scripted::{Cluster, Instance, events, merge, served, until};
 
 const PROMPT_TOKENS: usize = 90_000;
 /// Of each request, what is not reserved.
@@ -24,8 +25,20 @@ async fn cluster(request_timeout: Duration) -> (Cluster, Instance) {
     (cluster, mixed)
 }
 
-/// Sends a request over a connection that takes no more than 1 KiB before it is read.
-async fn send(cluster: &Cluster, path: &str, asked: Value) -> ResponseFuture {
+/// What asks for answers that begin with a long prompt.
+fn asked(more: Value) -> String {
+    let mut body =
+        json!({"model": "tiny", "prompt": "p".repeat(PROMPT_TOKENS), "max_tokens": 1, "echo": true});
+    merge(&mut body, more);
+    body.to_string()
+}
+
+/// Sends it over a connection that takes no more than 1 KiB before it is read.
+async fn send(cluster: &Cluster, more: Value) -> ResponseFuture {
+    send_to(cluster, "/v1/completions", asked(more)).await
+}
+
+async fn send_to(cluster: &Cluster, path: &str, asked: String) -> ResponseFuture {
     let address = cluster.url.strip_prefix("http://").expect("a URL");
     let connection = TcpStream::connect(address).await.expect("connects");
     let mut builder = h2::client::Builder::new();
@@ -34,19 +47,16 @@ async fn send(cluster: &Cluster, path: &str, asked: Value) -> ResponseFuture {
     tokio::spawn(connection);
     let request = http::Request::post(format!("{}{path}", cluster.url)).body(()).expect("a request");
     let (response, mut body) = client.send_request(request, false).expect("is sent");
-    body.send_data(asked.to_string().into(), true).expect("is sent");
+    body.send_data(asked.into(), true).expect("is sent");
     response
 }
 
-/// Asks for answers that begin with a long prompt.
+/// Asks for answers of one token each.
 async fn ask(cluster: &Cluster, mixed: &mut Instance, n: u32, stream: bool) -> http::Response<RecvStream> {
-    let prompt = "p".repeat(PROMPT_TOKENS);
-    let asked =
-        json!({"model": "tiny", "prompt": prompt, "max_tokens": 1, "n": n, "echo": true, "stream": stream});
-    let response = send(cluster, "/v1/completions", asked).await;
+    let response = send(cluster, json!({"n": n, "stream": stream})).await;
     let leg = mixed.dispatch().await.leg;
     for choice in 0..n {
-        mixed.of_choice((leg, choice), 0, "x", Some(v1::FinishReason::Length));
+        mixed.of_choice((leg, choice), 0, "x", Some(FinishReason::Length));
     }
     response.await.expect("a head")
 }
@@ -102,7 +112,7 @@ async fn log_probabilities_take_no_more_once_they_are_written_than_was_reserved_
         if chat {
             asked["top_logprobs"] = most.into();
         }
-        let response = send(&cluster, path, asked).await;
+        let response = send_to(&cluster, path, asked.to_string()).await;
         let leg = mixed.dispatch().await.leg;
         let before = reserved();
         let (top_tokens, top_logprobs) = (128..128 + most).map(|token| (token, -12.345_678)).unzip();
@@ -122,6 +132,41 @@ async fn log_probabilities_take_no_more_once_they_are_written_than_was_reserved_
     cluster.at_rest().await;
 }
 
+async fn tokens_that_have_gathered_are_told_some_at_a_time() {
+    let (cluster, mut mixed) = cluster(Duration::from_secs(60)).await;
+    let text: String = (0..300).map(|at| char::from(b'a' + (at % 26) as u8)).collect();
+    let scored = |byte: u8| v1::TokenLogprobs { logprob: -f32::from(byte), ..Default::default() };
+    let response = send(
+        &cluster,
+        json!({"prompt": "hi", "echo": false, "max_tokens": 300, "logprobs": 0, "stream": true}),
+    )
+    .await;
+    let leg = mixed.dispatch().await.leg;
+    mixed.scored(leg, 0, &text, text.bytes().map(scored).collect(), None);
+    mixed.finish(leg, 300, "", FinishReason::Length);
+    let told = read(response.await.expect("a head")).await.expect("is whole");
+    let events = events(&told);
+    assert_eq!(text_of(&events, 0), text);
+    let chunks = events.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    let lists = chunks.filter_map(|chunk| chunk["choices"][0]["logprobs"]["tokens"].as_array().cloned());
+    let lists: Vec<_> = lists.collect();
+    assert!(
+        lists.iter().all(|list| list.len() <= 64),
+        "{:?}",
+        lists.iter().map(Vec::len).collect::<Vec<_>>()
+    );
+    let tokens = lists.iter().flatten().filter_map(Value::as_str);
+    assert_eq!(tokens.collect::<String>(), text);
+    cluster.at_rest().await;
+}
+
+/// The text of a choice, of a stream's events.
+fn text_of(events: &[&str], index: usize) -> String {
+    let chunks = events.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    let choices = chunks.map(|chunk| chunk["choices"][0].clone()).filter(|choice| choice["index"] == index);
+    choices.filter_map(|choice| choice["text"].as_str().map(str::to_owned)).collect()
+}
+
 #[tokio::test]
 async fn a_long_answer_is_whole_however_slowly_it_is_read() {
     let (cluster, mut mixed) = cluster(Duration::from_secs(60)).await;
@@ -133,12 +178,7 @@ async fn a_long_answer_is_whole_however_slowly_it_is_read() {
     let expected = format!("{}x", "p".repeat(PROMPT_TOKENS));
     for index in 0..2 {
         assert_eq!(whole["choices"][index]["text"], expected);
-        let text = |event: &&str| {
-            let chunk: Value = serde_json::from_str(event).expect("is JSON");
-            let choice = &chunk["choices"][0];
-            (choice["index"] == index).then(|| choice["text"].as_str().unwrap_or_default().to_owned())
-        };
-        assert_eq!(events[..events.len() - 1].iter().filter_map(text).collect::<String>(), expected);
+        assert_eq!(text_of(&events, index), expected);
     }
     cluster.at_rest().await;
 }
