@@ -5,11 +5,13 @@
 //! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
 //! ahead, holds `parts`; all find the answer where the others left it.
 //!
-//! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline ([`Unread`]). Steps with
-//! much to tell, as many choices that begin with an echo have, are written in slices as they are read.
+//! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline ([`unread`]). What is
+//! much to tell, as an echo is or what has gathered, is written in slices as they are read.
 //!
 //! An answer that has nothing to tell for long, because its prompt is long or because it is looking for another place, is sent
 //! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
+
+mod unread;
 
 use std::{
     mem,
@@ -42,7 +44,7 @@ use super::reply::{TEXT_MOST, Voice};
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
-    stream::{Delta, Step, Streaming, Unread},
+    stream::{Delta, Step, Streaming},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
@@ -166,26 +168,6 @@ impl SseBody {
     /// What is to be read in time.
     pub(super) fn answer(&self) -> &Arc<Answer> {
         &self.answer
-    }
-}
-
-impl Unread for Answer {
-    fn expire(&self) {
-        let late = {
-            let mut parts = self.parts.lock();
-            let late = parts.source.end();
-            if late.is_some() {
-                parts.source = Source::Late;
-            }
-            (parts.begun, parts.unsent) = (None, false);
-            (parts.deltas, parts.out, parts.text_at) = (Vec::new(), Vec::new(), None);
-            (parts.given, parts.ends) = (0, false);
-            late
-        };
-        if let Some(late) = late {
-            late.expire();
-        }
-        self.task.wake();
     }
 }
 
