@@ -207,13 +207,14 @@ async fn answer(
         streaming.written(&usage);
         return Ok(whole::respond(service, streaming, written));
     }
+    // A step that fails leaves nothing to come.
+    let deadline = streaming.deadline();
     let first = match timeout(HEAD_PATIENCE, streaming.step(&mut deltas)).await {
         Ok(Step::End(Err(error))) if deltas.iter().all(Delta::is_empty) => return Err(error),
         Ok(step) => Some(step),
         Err(_) => None,
     };
     let comment_after = service.limits.stream_comment_after;
-    let deadline = streaming.deadline();
     let body = SseBody::new(comment_after, voice, streaming, deltas, first, express);
     if let Some(deadline) = deadline {
         service.overdue.watch(body.answer(), deadline);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use baton_coordinator::prepare::Served;
-use baton_proto::v1;
+use baton_proto::{ApiError, ErrorCode, v1};
 use bytes::Bytes;
 use h2::{RecvStream, client::ResponseFuture};
 use serde_json::{Value, json};
@@ -134,6 +134,20 @@ async fn log_probabilities_take_no_more_once_they_are_written_than_was_reserved_
     cluster.at_rest().await;
 }
 
+#[tokio::test]
+async fn an_answer_that_fails_at_once_and_that_nobody_reads_is_let_go_at_the_deadline() {
+    let (cluster, mut mixed) = cluster(Duration::from_secs(6)).await;
+    let response = send(&cluster, json!({"max_tokens": 2, "stream": true})).await;
+    let leg = mixed.dispatch().await.leg;
+    let failed = ApiError::new(ErrorCode::InvalidArgument, "as scripted").into();
+    mixed.scored(leg, 0, "x", Vec::new(), Some(v1::leg_output::End::Failed(failed)));
+    let response = response.await.expect("a head");
+    assert_eq!((response.status(), cluster.service.metrics.in_flight.get()), (http::StatusCode::OK, 1));
+    cluster.at_rest().await;
+    assert_eq!(error_of(&read(response).await.expect("ends")), "deadline_exceeded");
+}
+
+#[tokio::test]
 async fn tokens_that_have_gathered_are_told_some_at_a_time() {
     let (cluster, mut mixed) = cluster(Duration::from_secs(60)).await;
     let text: String = (0..300).map(|at| char::from(b'a' + (at % 26) as u8)).collect();
