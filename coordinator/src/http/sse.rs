@@ -5,8 +5,8 @@
 //! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
 //! ahead, holds `parts`; all find the answer where the others left it.
 //!
-//! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline ([`unread`]). What is
-//! much to tell, as an echo is or what has gathered, is written in slices as they are read.
+//! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline; the answer goes on
+//! meanwhile ([`unread`]). What is much to tell, as an echo is or what has gathered, is written in slices as they are read.
 //!
 //! An answer that has nothing to tell for long, because its prompt is long or because it is looking for another place, is sent
 //! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
@@ -123,7 +123,7 @@ impl Source {
 struct Parts {
     voice: Voice,
     source: Source,
-    /// A step that is not written, or not to its end: what came while the head waited, and what is long.
+    /// A step that is not written, or not to its end: what came while the head waited, or nothing was read, and what is long.
     begun: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
     deltas: Vec<Delta>,
@@ -402,12 +402,12 @@ impl Stream for SseBody {
         let mut comment = |parts: &mut Parts, context: &mut Context<'_>| {
             silence.poll(context, &mut parts.wrote).map(|()| Some(Ok(COMMENT)))
         };
+        answer.task.register(context.waker());
         let Some(express) = &answer.express else {
             let parts = &mut *answer.parts.lock();
             let next = parts.next(context);
             return if next.is_pending() { comment(parts, context) } else { next };
         };
-        answer.task.register(context.waker());
         let parts = &mut *answer.parts.lock();
         let waker = waker_ref(answer);
         let mut next = parts.next(&mut Context::from_waker(&waker));

@@ -1,8 +1,9 @@
 //! From tokens in order to text: detokenised as it comes, stopped at stop strings, counted.
 //!
-//! Made by [`crate::serve`], read by [`crate::http`] as fast as the client reads. Holds everything the request holds;
-//! dropping it (the client has gone) cancels both legs, gives the seat back and takes the work off the ledger.
-//! [`reading`] is one choice's text, [`lane`] one prompt with the legs that work at it; [`overdue`] ends what nobody reads.
+//! Made by [`crate::serve`], read by [`crate::http`] as fast as the client reads, and now and then without it. Holds everything
+//! the request holds; dropping it (the client has gone) cancels both legs, gives the seat back and takes the work off the
+//! ledger. [`reading`] is one choice's text, [`lane`] one prompt with the legs that work at it; [`overdue`] moves, and ends,
+//! what nobody reads.
 
 mod lane;
 mod overdue;
@@ -115,7 +116,10 @@ impl Streaming {
 
     /// Ends an answer that nobody has read up to its deadline.
     pub fn expire(mut self) {
-        self.holds.report.failed(&deadline_passed());
+        // None are left of one whose failure has been told.
+        if !self.lanes.is_empty() {
+            self.holds.report.failed(&deadline_passed());
+        }
         self.give_up(CancelReason::Deadline);
     }
 

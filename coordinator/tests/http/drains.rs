@@ -13,12 +13,12 @@ use crate::{
 };
 
 /// Everything that is not about to end is worth moving.
-fn at_once(config: &mut CoordinatorConfig) {
+pub(crate) fn at_once(config: &mut CoordinatorConfig) {
     config.limits.request_timeout = PATIENCE;
     config.carry.move_after = Duration::ZERO;
 }
 
-fn drain(instance: &Instance) {
+pub(crate) fn drain(instance: &Instance) {
     let role = instance.role.into();
     instance.say(Answer::Role(v1::RoleChange { role, epoch: 1, phase: v1::Phase::Draining.into() }));
 }

@@ -1,4 +1,4 @@
-//! Answers that clients read late, or never: what they hold, and until when.
+//! Answers that clients read late, or never: what becomes of them, what they hold, and until when.
 
 use std::time::Duration;
 
@@ -7,10 +7,17 @@ use baton_proto::{ApiError, ErrorCode, v1};
 use bytes::Bytes;
 use h2::{RecvStream, client::ResponseFuture};
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpSocket, TcpStream},
+};
 use v1::FinishReason;
 
-use crate::scripted::{Cluster, Instance, events, merge, served, until};
+use crate::{
+    drains::{at_once, drain},
+    scripted::{Cluster, Instance, bytes, consumed, events, merge, served, until},
+    stalls::either,
+};
 
 const PROMPT_TOKENS: usize = 90_000;
 /// Of each request, what is not reserved.
@@ -59,6 +66,19 @@ async fn ask(cluster: &Cluster, mixed: &mut Instance, n: u32, stream: bool) -> h
         mixed.of_choice((leg, choice), 0, "x", Some(FinishReason::Length));
     }
     response.await.expect("a head")
+}
+
+/// Sends it over HTTP/1.1, and takes no more than the kernel does.
+async fn send_plainly(cluster: &Cluster, more: Value) -> TcpStream {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("is set");
+    let address = cluster.url.strip_prefix("http://").and_then(|address| address.parse().ok());
+    let mut stream = socket.connect(address.expect("an address")).await.expect("connects");
+    let body = asked(more);
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all(head.as_bytes()).await.expect("is sent");
+    stream.write_all(body.as_bytes()).await.expect("is sent");
+    stream
 }
 
 /// The last event's error, after others that are whole.
@@ -145,6 +165,60 @@ async fn an_answer_that_fails_at_once_and_that_nobody_reads_is_let_go_at_the_dea
     assert_eq!((response.status(), cluster.service.metrics.in_flight.get()), (http::StatusCode::OK, 1));
     cluster.at_rest().await;
     assert_eq!(error_of(&read(response).await.expect("ends")), "deadline_exceeded");
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_is_counted_and_stopped() {
+    let (cluster, mut mixed) = cluster(Duration::from_secs(60)).await;
+    // More than the kernel takes of it by itself: a control character is six letters.
+    let prompt = "\u{1}".repeat(PROMPT_TOKENS);
+    let asked = json!({"prompt": prompt, "max_tokens": 9, "n": 8, "stop": "END", "stream": true});
+    for plainly in [false, true] {
+        let asked = asked.clone();
+        let (plain, other) = match plainly {
+            true => (Some(send_plainly(&cluster, asked).await), None),
+            false => (None, Some(send(&cluster, asked).await)),
+        };
+        let leg = mixed.dispatch().await.leg;
+        (0..8).for_each(|choice| mixed.of_choice((leg, choice), 0, "a", None));
+        consumed(&cluster, 8).await;
+        mixed.of_choice((leg, 0), 1, "bc", None);
+        consumed(&cluster, 10).await;
+        mixed.of_choice((leg, 3), 1, "bcEND", None);
+        let cancelled = mixed.cancelled().await;
+        assert_eq!((cancelled.leg, cancelled.choice), (leg, Some(3)));
+        consumed(&cluster, 15).await;
+        drop((plain, other));
+        assert_eq!(mixed.cancelled().await.reason, "client_gone");
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_leaves_an_instance_that_drains_and_is_whole() {
+    let long = Served { context_tokens: 100_000, ..served() };
+    let roles = ["a", "b"].map(|id| (id, v1::Role::Mixed, 0));
+    let (cluster, [mut a, mut b]) = Cluster::start_models(vec![long], roles, at_once).await;
+    let response = send(&cluster, json!({"max_tokens": 6, "stream": true})).await;
+    let (drained, other, first) = either(&mut a, &mut b).await;
+    drained.tokens(first.leg, 0, "a");
+    consumed(&cluster, 1).await;
+    let response = response.await.expect("a head");
+    drained.tokens(first.leg, 1, "bc");
+    drain(drained);
+    let resumed = other.dispatch().await;
+    assert_eq!(resumed.generated_tokens, bytes("abc"));
+    let handed = drained.dispatch().await;
+    drained.finish(handed.leg, 3, "d", FinishReason::HandedOff);
+    other.finish(resumed.leg, 4, "ef", FinishReason::Length);
+    consumed(&cluster, 6).await;
+    let told = read(response).await.expect("is whole");
+    let events = events(&told);
+    assert_eq!(
+        (text_of(&events, 0), events.last()),
+        (format!("{}abcdef", "p".repeat(PROMPT_TOKENS)), Some(&"[DONE]"))
+    );
+    cluster.at_rest().await;
 }
 
 #[tokio::test]

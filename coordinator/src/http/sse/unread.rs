@@ -1,16 +1,47 @@
-//! What becomes of an answer that its client has not read up to the request's deadline.
+//! What becomes of an answer while its client takes nothing of it.
 //!
-//! Called by [`crate::stream::Overdue`]. Nothing is kept but the rest of an event that the client has the beginning of.
+//! Called by [`crate::stream::Overdue`], again and again. What has come is taken in and not written: so it is counted, ends at
+//! its stop strings, leaves an instance that drains, and is no more than the answer may have. Once the request's deadline has
+//! passed nothing is kept but the rest of an event that the client has the beginning of.
 
-use baton_process::http::CHUNK_HEAD;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use baton_process::http::{CHUNK_HEAD, Express};
+use futures::task::waker_ref;
+use tokio::task::unconstrained;
 
 use super::{Answer, Parts, Source};
-use crate::stream::Unread;
+use crate::stream::{Step, Unread};
 
 /// What each event ends with. There is no end of a line within one.
 const EVENT_END: &[u8] = b"\n\n";
 
 impl Unread for Answer {
+    fn advance(self: Arc<Self>) {
+        // Whatever comes is sent as it comes.
+        if self.express.as_ref().is_some_and(Express::is_free) {
+            return;
+        }
+        // Or somebody reads it right now.
+        let Some(mut parts) = self.parts.try_lock() else { return };
+        let waker = waker_ref(&self);
+        let gather = || parts.gather(&mut Context::from_waker(&waker));
+        // A bug ends this answer, and no other.
+        let gathered = catch_unwind(AssertUnwindSafe(gather)).unwrap_or_else(|_| {
+            parts.broken = true;
+            true
+        });
+        drop(parts);
+        if gathered {
+            self.task.wake();
+        }
+    }
+
     fn expire(&self) {
         let late = {
             let mut parts = self.parts.lock();
@@ -27,6 +58,25 @@ impl Unread for Answer {
 }
 
 impl Parts {
+    /// Takes in what has come. True: there is something to write.
+    fn gather(&mut self, context: &mut Context<'_>) -> bool {
+        let (Source::Live(streaming), None | Some(Step::More)) = (&mut self.source, &self.begun) else {
+            return false;
+        };
+        if self.ends || self.broken {
+            return false;
+        }
+        // The sweep's task would else count what is polled here as its own work, and make it wait.
+        let step = std::future::poll_fn(|context| streaming.poll_step(context, &mut self.deltas));
+        match pin!(unconstrained(step)).poll(context) {
+            Poll::Ready(step) => {
+                self.begun = Some(step);
+                true
+            }
+            Poll::Pending => false,
+        }
+    }
+
     /// Nothing is given any more but the rest of an event of which the connection has been given the beginning.
     fn leave_event(&mut self) {
         let from = self.given.saturating_sub(EVENT_END.len());
