@@ -285,7 +285,7 @@ impl View {
         model.classes.iter_mut().for_each(|class| class.arrived(now));
     }
 
-    /// An instance has been chosen for the `turn`-th request.
+    /// An instance has been chosen for the `nth` request.
     pub fn chosen(&mut self, id: &InstanceId, nth: u64) {
         if let Some((model, row)) = self.places.get(id).copied() {
             self.models[model].rows[row].chosen = nth;
@@ -315,7 +315,6 @@ impl Row {
     }
 }
 
-/// Which of prefill, 0, and decode, 1, an instance does.
 /// The eldest in each phase, if this one is there as well.
 fn count_age(eldest: &mut [Option<Instant>; 2], row: &Row) {
     for phase in phases(row) {
@@ -323,6 +322,7 @@ fn count_age(eldest: &mut [Option<Instant>; 2], row: &Row) {
     }
 }
 
+/// Which of prefill, 0, and decode, 1, an instance does.
 fn phases(row: &Row) -> impl Iterator<Item = usize> {
     let phases = match row.side() {
         None => 0..0,

@@ -21,11 +21,12 @@ pub struct LimitsConfig {
     pub max_held_body_bytes: usize,
     /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
     /// bytes for each token, 8 for each KV block by each way in which instances name them, the text with `echo` once, and for
-    /// each choice once more and as long as JSON has it, 8 bytes for each entry of `logit_bias`, and 3 bytes for each of a stop
-    /// string and the longest twice for each choice; and for log probabilities until they are written, as many as are asked for
-    /// (of a chat without `max_tokens` that is the context's rest): 96 bytes for each token of the answers, and 8 for each
-    /// alternative, and unless they are streamed 100 more for each of both; beyond 16 KiB of each request. What does not fit is refused with 429; of API keys those of the band
-    /// `standard` leave an eighth to others, those of `batch` a quarter, and tenants share it as they do `max_held_body_bytes`.
+    /// each choice once more and as long as JSON has it, 8 bytes for each entry of `logit_bias`, and 3 bytes for each of a
+    /// stop string and the longest twice for each choice; and for log probabilities until they are written, as many as are
+    /// asked for (of a chat without `max_tokens` that is the context's rest): 96 bytes for each token of the answers, and 8
+    /// for each alternative, and unless they are streamed 100 more for each of both; beyond 16 KiB of each request. What does
+    /// not fit is refused with 429; of API keys those of the band `standard` leave an eighth to others, those of `batch` a
+    /// quarter, and tenants share it as they do `max_held_body_bytes`.
     /// Whole answers longer than that are counted, too, until their clients have read them. At least eight times
     /// `max_body_bytes`.
     pub max_held_prompt_bytes: usize,

@@ -2,8 +2,8 @@
 //!
 //! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
 //! written, by the attachment that brings the tokens, which sends them past that task (see [`Express`] and
-//! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
-//! ahead, holds `parts`; all find the answer where the others left it.
+//! [`crate::fleet::inline`]). Whoever reads, or asks for its memory ahead, holds `parts`; all find the answer where the others
+//! left it.
 //!
 //! A client that reads slowly keeps what its answer holds, and no longer than until the request's deadline; the answer goes on
 //! meanwhile ([`unread`]). What is much to tell, as an echo is or what has gathered, is written in slices as they are read.

@@ -224,7 +224,11 @@ impl Conversation {
             async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
         });
         let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(REST_OF_HEAD_TIMEOUT);
+        let mut http1 = builder.http1();
+        http1.timer(TokioTimer::new()).header_read_timeout(REST_OF_HEAD_TIMEOUT);
+        // When a client has left is for `left` to say: hyper looks for that only while it has nothing else of what it sends, and
+        // does not even answer what it has.
+        http1.half_close(true);
         let mut http2 = builder.http2();
         http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
         let mut connection =
@@ -234,8 +238,6 @@ impl Conversation {
                 std::future::pending::<()>().await;
             }
         };
-        // Hyper looks for the end of what a client sends only while it has nothing else of it: a byte behind the request, and
-        // who has left would be answered to the end.
         let nobody_hears = async {
             left.await;
             underway.same_for(LEFT_PATIENCE).await;

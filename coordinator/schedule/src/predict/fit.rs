@@ -17,24 +17,21 @@ pub(super) struct Fit<const N: usize> {
     targets: [f64; N],
     /// Of the features, over the samples that count.
     means: [f64; N],
+    /// How much samples count for together: less than they are, as they are forgotten.
     weight: f64,
+    samples: u32,
 }
 
 impl<const N: usize> Default for Fit<N> {
     fn default() -> Self {
-        Self { products: [[0.0; N]; N], targets: [0.0; N], means: [0.0; N], weight: 0.0 }
+        Self { products: [[0.0; N]; N], targets: [0.0; N], means: [0.0; N], weight: 0.0, samples: 0 }
     }
 }
 
 impl<const N: usize> Fit<N> {
-    /// There was no sample yet.
-    pub(super) fn is_new(&self) -> bool {
-        self.weight == 0.0
-    }
-
-    /// How many samples there were, less what is forgotten of them.
-    pub(super) fn weight(&self) -> f64 {
-        self.weight
+    /// How many samples there were.
+    pub(super) fn samples(&self) -> u32 {
+        self.samples
     }
 
     /// So much is left of what samples count, of 1.
@@ -46,6 +43,7 @@ impl<const N: usize> Fit<N> {
 
     /// For features `x`, scaled to about 1, `y` was measured.
     pub(super) fn learn(&mut self, x: [f64; N], y: f64) {
+        self.samples = self.samples.saturating_add(1);
         self.weight = KEPT * self.weight + 1.0;
         for i in 0..N {
             self.means[i] += (x[i] - self.means[i]) / self.weight;
@@ -60,7 +58,7 @@ impl<const N: usize> Fit<N> {
     /// there on: where samples hardly tell one from another, the rounds of several calls bring them apart, each from the last.
     pub(super) fn solve(&self, before: [f64; N], samples: f64) -> [f64; N] {
         let mut line = before;
-        if self.weight == 0.0 {
+        if self.samples == 0 {
             return line;
         }
         for _ in 0..ROUNDS {

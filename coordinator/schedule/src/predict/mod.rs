@@ -7,10 +7,11 @@
 //!
 //! Samples are differences of counters that each instance reports of steps which did one kind of work alone
 //! (`InstanceLoad`, fields 27 to 34 and 36): exact means, however far apart reports are, and no clock of this process is in
-//! them. Instances of one *kind*, which run one model on like devices in one layout of KV caches, are alike until they show otherwise: what
-//! is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades towards its kind while
-//! nothing new is heard of that ([`step_time::HALF_LIFE`]), so that an instance that was slow once is tried again. What is believed of one
-//! is kept within reason of its kind ([`step_time`]), and its first few samples are of its kind alone.
+//! them. Instances of one *kind*, which run one model on like devices in one layout of KV caches, are alike until they show
+//! otherwise: what is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades
+//! towards its kind while nothing new is heard of that ([`step_time::HALF_LIFE`]), so that an instance that was slow once is
+//! tried again. What is believed of one is kept within reason of its kind ([`step_time`]), and its first few samples are of
+//! its kind alone.
 
 mod fit;
 mod lengths;
@@ -142,12 +143,10 @@ impl Speeds {
             known.sequence_tokens = Some(since.context_tokens as f64 / since.decode_sequences as f64);
         }
         if let Some(sample) = prefill_sample(&since) {
-            kind.prefill.learn(sample);
-            known.prefill.learn(sample, &kind.prefill, now);
+            known.prefill.learn(sample, &mut kind.prefill, now);
         }
         if let Some(sample) = decode_sample(&since) {
-            kind.decode.learn(sample);
-            known.decode.learn(sample, &kind.decode, now);
+            known.decode.learn(sample, &mut kind.decode, now);
         }
     }
 

@@ -5,6 +5,7 @@
 //! passed nothing is kept but the rest of an event that the client has the beginning of.
 
 use std::{
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::Arc,
@@ -46,10 +47,13 @@ impl Unread for Answer {
         let late = {
             let mut parts = self.parts.lock();
             let Some(late) = parts.source.end() else { return };
-            parts.source = Source::Late;
-            (parts.begun, parts.unsent, parts.ends) = (None, false, false);
+            (parts.begun, parts.unsent) = (None, false);
             parts.deltas = Vec::new();
-            parts.leave_event();
+            let to_the_end = parts.leave_event();
+            // Of whose last event the client has the beginning is late no more.
+            if !(mem::take(&mut parts.ends) && to_the_end) {
+                parts.source = Source::Late;
+            }
             late
         };
         late.expire();
@@ -77,14 +81,58 @@ impl Parts {
         }
     }
 
-    /// Nothing is given any more but the rest of an event of which the connection has been given the beginning.
-    fn leave_event(&mut self) {
+    /// Nothing is given any more but the rest of an event of which the connection has been given the beginning. True: that is all
+    /// that was left.
+    fn leave_event(&mut self) -> bool {
         let from = self.given.saturating_sub(EVENT_END.len());
         let end = self.out[from..].windows(EVENT_END.len()).position(|bytes| bytes == EVENT_END);
         let end = end.map_or(self.out.len(), |at| from + at + EVENT_END.len());
         let rest = if self.given == 0 { &[] } else { self.out.get(self.given..end).unwrap_or_default() };
-        let given = if rest.is_empty() { 0 } else { CHUNK_HEAD };
+        let (given, is_all) = if rest.is_empty() { (0, false) } else { (CHUNK_HEAD, end == self.out.len()) };
         self.out = [&[0; CHUNK_HEAD], rest].concat();
         (self.given, self.text_at) = (given, None);
+        is_all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::RequestId;
+
+    use super::*;
+    use crate::{
+        http::reply::Voice,
+        prepare::{Endpoint, Shape, tests::served},
+    };
+
+    #[test]
+    fn of_what_is_not_given_the_rest_of_a_begun_event_stays() {
+        let shape = Shape { endpoint: Endpoint::Chat, stream: true, include_usage: false, logprobs: false };
+        let events = b"data: a\n\ndata: [DONE]\n\n";
+        let first = b"data: a\n\n".len();
+        for given in 0..events.len() {
+            let mut parts = Parts {
+                voice: Voice::new(&served(), shape, &RequestId::adopt("r")),
+                source: Source::Ended,
+                begun: None,
+                deltas: Vec::new(),
+                out: [&[0; CHUNK_HEAD], &events[..]].concat(),
+                given: if given == 0 { 0 } else { CHUNK_HEAD + given },
+                ends: true,
+                text_at: None,
+                opened: true,
+                wrote: false,
+                unsent: false,
+                broken: false,
+            };
+            let is_all = parts.leave_event();
+            let rest = match given {
+                0 => &[],
+                _ if given <= first => &events[given..first],
+                _ => &events[given..],
+            };
+            assert_eq!((&parts.out[CHUNK_HEAD..], is_all), (rest, given > first), "{given} bytes given");
+            assert_eq!(parts.given > 0, !rest.is_empty(), "{given} bytes given");
+        }
     }
 }
