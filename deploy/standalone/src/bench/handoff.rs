@@ -242,15 +242,13 @@ impl Pair {
 /// A line of a log.
 #[derive(Deserialize)]
 struct Line<'a> {
-    #[serde(borrow)]
-    timestamp: Cow<'a, str>,
     #[serde(borrow, default)]
     request_id: Cow<'a, str>,
     #[serde(borrow, default)]
     stage: Cow<'a, str>,
-    /// How long before the line it was.
+    /// When it was: microseconds since 1970.
     #[serde(default)]
-    micros_ago: u64,
+    at_micros: Option<u64>,
     /// Of a cache that was received.
     #[serde(default)]
     bytes: Option<u64>,
@@ -304,24 +302,16 @@ fn bare(transport: &str, bytes: u64) -> io::Result<f64> {
     Ok(millis[BARE_TIMES / 2])
 }
 
-/// When a request was so far: milliseconds of the day.
-fn reached(log: &str, request: &str, stage: &str) -> Option<f64> {
+/// When a request was so far: microseconds since 1970.
+fn reached(log: &str, request: &str, stage: &str) -> Option<u64> {
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Line<'_>>(line).ok());
     let mut of_it = lines.filter(|line| line.request_id == request && line.stage == stage);
-    of_it.next().and_then(|line| Some(time_of_day(&line.timestamp)? - line.micros_ago as f64 / 1e3))
+    of_it.next().and_then(|line| line.at_micros)
 }
 
-/// Milliseconds, of a time such as 2026-01-31T10:20:30.123456Z.
-fn time_of_day(timestamp: &str) -> Option<f64> {
-    let mut parts = timestamp.split_once('T')?.1.trim_end_matches('Z').split(':');
-    let mut next = || parts.next()?.parse::<f64>().ok();
-    Some(((next()? * 60.0 + next()?) * 60.0 + next()?) * 1e3)
-}
-
-/// Milliseconds from one time of day to a later one, which may be of the next day.
-fn between(from: f64, to: f64) -> f64 {
-    const DAY: f64 = 86_400e3;
-    if to < from - DAY / 2.0 { to + DAY - from } else { to - from }
+/// Milliseconds from one time to another, which may be a little before it: two processes' clocks may disagree a little.
+fn between(from: u64, to: u64) -> f64 {
+    (to as f64 - from as f64) / 1e3
 }
 
 fn table(args: &HandoffArgs, rows: &[Row]) -> String {
@@ -375,17 +365,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_is_found_in_the_log_and_midnight_is_passed() {
+    fn a_stage_is_found_in_the_log() {
         let log = [
             "not JSON",
-            r#"{"timestamp":"2026-01-31T23:59:59.999500Z","request_id":"r-1","stage":"last_layer"}"#,
-            r#"{"timestamp":"2026-02-01T00:00:00.001900Z","request_id":"r-1","stage":"first_token","micros_ago":400}"#,
+            r#"{"timestamp":"2026-01-31T23:59:59.999500Z","request_id":"r-1","stage":"last_layer","at_micros":1790000000000000}"#,
+            r#"{"timestamp":"2026-02-01T00:00:00.001900Z","request_id":"r-1","stage":"first_token","at_micros":1790000000002000}"#,
         ]
         .join("\n");
         let at = |request, stage| reached(&log, request, stage);
         let (from, to) = (at("r-1", "last_layer").expect("there"), at("r-1", "first_token").expect("there"));
-        assert!((between(from, to) - 2.0).abs() < 1e-6);
-        assert!((between(5.0, 4.0) + 1.0).abs() < 1e-6, "two clocks may disagree a little");
+        assert_eq!((between(from, to), between(to, from)), (2.0, -2.0));
         assert_eq!((at("r-2", "last_layer"), at("r-1", "first_step")), (None, None));
     }
 
