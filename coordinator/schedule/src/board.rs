@@ -69,6 +69,7 @@ pub struct Board {
     /// Locked before `state`, where both are.
     pub caches: Arc<Caches>,
     state: Mutex<State>,
+    /// Counts requests to be placed.
     asked: AtomicU64,
     /// Counts changes of who is usable.
     version: watch::Sender<u64>,

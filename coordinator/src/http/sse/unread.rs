@@ -50,7 +50,7 @@ impl Unread for Answer {
             (parts.begun, parts.unsent) = (None, false);
             parts.deltas = Vec::new();
             let to_the_end = parts.leave_event();
-            // Of whose last event the client has the beginning is late no more.
+            // Who has the beginning of the last event gets the rest, and no error behind it.
             if !(mem::take(&mut parts.ends) && to_the_end) {
                 parts.source = Source::Late;
             }
